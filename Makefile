@@ -12,7 +12,7 @@ LOWEST_TESTS := tests/core tests/http tests/protocols tests/credentials tests/cl
 	tests/cli/test_main.py tests/cli/test_doctor.py tests/cli/test_render.py
 TRACKERS := .cache/trackers
 TRACKER_TOOLS := blockbuster hypothesis openai==3.57.0 pytest pytest-timeout pytest-xdist
-EXTRAS := gateway,local,parquet,postgres,qlora,tokens,zstd
+EXTRAS := gateway,local,parquet,postgres,qlora,s3,tokens,zstd
 INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock --build-constraint requirements.lock
 
 .DEFAULT_GOAL := help
@@ -54,7 +54,7 @@ test-trackers: ## Report runs to a real MLflow server and to offline W&B (minute
 example: $(VENV)/.dev ## Follow "Write a backend in 30 minutes" in an environment of its own (part of test)
 	$(BIN)/pytest tests/plugins/test_write_a_backend.py
 
-test-sdks: $(VENV)/.dev ## Drive the gateway with the other official Mistral SDKs (needs npm)
+test-sdks: $(VENV)/.dev ## Drive the gateway with official SDKs, LiteLLM and DSPy (needs npm)
 	$(BIN)/python tests/e2e/sdks.py
 
 test-ray: $(VENV)/.ray ## Train on a real Ray cluster (minutes)

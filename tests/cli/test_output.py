@@ -91,6 +91,7 @@ FAILURES = (
     "pause none",
     "resume none",
     "download none out",
+    "push none hf://org/name",
     "generate none hello",
     "delete none --yes",
     "delete done",

@@ -130,7 +130,7 @@ async def site(
     backend: ScriptedBackend | None = None,
     *,
     vault: Any = None,
-    blobs: BlobStore | None = None,
+    blob_store: BlobStore | None = None,
     at: int = 0,
     **settings: Any,
 ) -> AsyncIterator[Site]:
@@ -145,7 +145,7 @@ async def site(
             port=at,
             backends={"scripted": backend},
             vault=vault,
-            blobs=blobs,
+            blobs=blob_store,
         ) as served,
         httpx.AsyncClient(
             base_url=served.url,

@@ -335,7 +335,7 @@ async def test_the_log_names_files_instead_of_paths(here: Site, browser: Browser
     file_id = (await here.get(job_id))["training_files"][0]
     gateway = here.served.gateway
     async with signed_in(here) as again:
-        path = (await gateway.files.stored(file_id, await _principal(again, here))).path
+        path = (await gateway.files.stored(file_id, await _principal(again, here))).source
     here.backend.log(remote_id, f"reading {path} and {here.home}/gateway/tmp")
     here.backend.finish(remote_id)
     await here.until(job_id, "SUCCESS")

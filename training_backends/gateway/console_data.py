@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import anyio
@@ -15,6 +16,7 @@ from training_backends.datasets.inspect import inspect_files
 from training_backends.gateway.catalogue import Offer
 from training_backends.gateway.errors import plain
 from training_backends.gateway.files import StoredFile
+from training_backends.gateway.uploads import BlobStore
 from training_backends.tokens.preview import PreviewExample, preview
 
 __all__ = ["DataLook"]
@@ -29,24 +31,27 @@ class DataLook:
 
     Args:
         cache: Directory of kept inspections, shared with the client.
+        blobs: Where the files are.
     """
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: Any, blobs: BlobStore) -> None:
         self._cache = cache
+        self._blobs = blobs
         self._limiter = anyio.CapacityLimiter(2)
 
     async def inspection(self, file: StoredFile, provider_format: ProviderFormat) -> dict[str, Any]:
         """Return statistics and issues of a file by the rules of the gateway's backend."""
+        path = await to_thread.run_sync(self._blobs.local, file.sha256, limiter=self._limiter)
         read = partial(
             inspect_files,
-            [DataSource(path=file.path)],
+            [DataSource(path=path)],
             provider_format=provider_format,
             cache=self._cache,
         )
         found = await to_thread.run_sync(read, limiter=self._limiter)
         issues = sorted(found.issues, key=lambda issue: issue.severity)
         shown: dict[str, Any] = {
-            "issues": [_issue(issue, file) for issue in issues[:MOST_ISSUES]],
+            "issues": [_issue(issue, path, file) for issue in issues[:MOST_ISSUES]],
             "more_issues": max(0, len(issues) - MOST_ISSUES),
             "errors": len(found.errors),
         }
@@ -69,10 +74,11 @@ class DataLook:
         Raises:
             HTTPProblem: The model's tokenizer is not here, or the file cannot be read.
         """
+        path = await to_thread.run_sync(self._blobs.local, file.sha256, limiter=self._limiter)
         config = TrainingConfig(
             model=offer.target,
             method=method,
-            data=Data(train=(DataSource(path=file.path),)),
+            data=Data(train=(DataSource(path=path),)),
             hyperparameters=Hyperparameters(**({"seq_len": seq_len} if seq_len else {})),
         )
         # More than fits on a page is encoded no further than it is shown.
@@ -82,28 +88,28 @@ class DataLook:
                 lambda: list(preview(config, rows=rows, seq_len=limit)), limiter=self._limiter
             )
         except (ConfigError, DatasetError) as error:
-            raise plain(422, _sentence(error, file)) from error
+            raise plain(422, _sentence(error, path, file)) from error
         except TrainingBackendError as error:
-            raise plain(503, _sentence(error, file)) from error
+            raise plain(503, _sentence(error, path, file)) from error
         return [_example(example, limit) for example in found]
 
 
-def _issue(issue: Issue, file: StoredFile) -> Mapping[str, Any]:
+def _issue(issue: Issue, path: Path, file: StoredFile) -> Mapping[str, Any]:
     return {
         "severity": issue.severity,
         "code": issue.code,
         "line": issue.line,
         "field": issue.field,
-        "message": issue.message.replace(str(file.path), file.filename),
-        "fix": issue.fix and issue.fix.replace(str(file.path), file.filename),
+        "message": issue.message.replace(str(path), file.filename),
+        "fix": issue.fix and issue.fix.replace(str(path), file.filename),
     }
 
 
-def _sentence(error: TrainingBackendError, file: StoredFile) -> str:
+def _sentence(error: TrainingBackendError, path: Path, file: StoredFile) -> str:
     issues = error.issues if isinstance(error, ConfigError | DatasetError) else ()
     reasons = [f"{issue.message} ({issue.fix})" if issue.fix else issue.message for issue in issues]
     text = ": ".join([error.message.rstrip("."), *reasons[:1]])
-    return text.replace(str(file.path), file.filename)
+    return text.replace(str(path), file.filename)
 
 
 def _example(example: PreviewExample, limit: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import anyio
 import sqlalchemy as sa
@@ -21,6 +22,7 @@ from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import StoreError
 from training_backends.core.files import make_private_directory, write_atomic
 from training_backends.core.run import utc_now
+from training_backends.core.settings import load_settings
 from training_backends.credentials.vault import CredentialVault
 from training_backends.gateway.audit import AuditLog
 from training_backends.gateway.catalogue import Catalogue
@@ -35,6 +37,7 @@ from training_backends.gateway.jobs import JobService
 from training_backends.gateway.keys import KeyStore
 from training_backends.gateway.legacy_store import import_legacy_locked
 from training_backends.gateway.models import ModelService
+from training_backends.gateway.object_blobs import ObjectBlobStore
 from training_backends.gateway.part_uploads import PartUploads
 from training_backends.gateway.result_files import ResultFiles
 from training_backends.gateway.runner import JobRunner
@@ -42,10 +45,14 @@ from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore, database_url, lock_home
 from training_backends.gateway.uploads import BlobStore, MinimumSpeed
 from training_backends.gateway.webhooks import Webhooks
+from training_backends.gateway.weights import WeightService
+from training_backends.objects.cache import ObjectCache, objects_directory
+from training_backends.objects.settings import ObjectSettings
+from training_backends.objects.store import ObjectStore, is_object_url, scheme_of
 from training_backends.protocols.openai.webhooks import signing_key
 from training_backends.store import gateway_schema
 
-__all__ = ["Gateway", "LinkSigner", "beside", "load_secret", "open_gateway"]
+__all__ = ["Gateway", "LinkSigner", "beside", "load_secret", "open_blobs", "open_gateway"]
 
 _SECRET_BYTES = 32
 
@@ -126,6 +133,7 @@ class Gateway:
     uploads: PartUploads
     jobs: JobService
     models: ModelService
+    weights: WeightService
     checkpoints: CheckpointModels
     chat: ChatService
     links: LinkSigner
@@ -188,14 +196,23 @@ async def open_gateway(
         store, client = await _open_database(stack, settings, root, vault, backends)
         found = await to_thread.run_sync(client.backend, backend)
         catalogue.check_options(found.options_model)
-        blobs = blobs or BlobStore(root)
+        if blobs is None:
+            blobs = await to_thread.run_sync(open_blobs, settings, root)
         pace = MinimumSpeed(silence=settings.upload_timeout, rate=settings.min_upload_rate)
-        files = FileService(store, blobs, limit=settings.max_upload_bytes, pace=pace)
+        files = FileService(
+            store,
+            blobs,
+            limit=settings.max_upload_bytes,
+            pace=pace,
+            exclusive=client.exclusive,
+        )
         await files.open()
         uploads = PartUploads(store, files, blobs, limit=settings.max_parts_bytes, pace=pace)
         await uploads.open()
         tasks = await stack.enter_async_context(beside())
         stack.callback(tasks.cancel_scope.cancel)
+        weights = WeightService(store, client, backend=backend, catalogue=catalogue, root=root)
+        await weights.sweep()
         interpreter = None
         if settings.inference_url is None:
             interpreter = await to_thread.run_sync(find_interpreter, found)
@@ -208,11 +225,11 @@ async def open_gateway(
         await checkpoints.sweep()
         chat = ChatService(
             store,
-            client,
             tasks,
             checkpoints,
             interpreter=interpreter,
             catalogue=catalogue,
+            weights=weights,
             settings=settings,
             root=root,
         )
@@ -230,6 +247,7 @@ async def open_gateway(
             catalogue=catalogue,
             organization_id=settings.organization_id,
             opened_at=time.time(),
+            weights=weights,
             chat=chat,
             checkpoints=checkpoints,
         )
@@ -256,14 +274,40 @@ async def open_gateway(
                 settings=settings,
             ),
             models=models,
+            weights=weights,
             checkpoints=checkpoints,
             chat=chat,
             links=links,
             catalogue=catalogue,
             sessions=ConsoleSessions(store, keys, public_url=public_url),
             feed=feed,
-            data=DataLook(root / "cache" / "data"),
+            data=DataLook(root / "cache" / "data", blobs),
         )
+
+
+def object_settings(settings: GatewaySettings) -> ObjectSettings:
+    """Return how the client of a gateway reads objects: the uploaded files too."""
+    found = load_settings(ObjectSettings)
+    if not settings.blob_options or not is_object_url(settings.blobs or ""):
+        return found
+    scheme = scheme_of(str(settings.blobs))
+    return found.model_copy(update={"options": {**found.options, scheme: settings.blob_options}})
+
+
+def open_blobs(settings: GatewaySettings, root: Path) -> BlobStore:
+    """Return the storage of uploaded files that the settings choose. Blocking.
+
+    Raises:
+        ConfigError: The URL or an option is invalid.
+        BackendNotInstalled: The package of the store is not installed.
+    """
+    url = settings.blobs
+    if url is None:
+        return BlobStore(root)
+    if not is_object_url(url):
+        return BlobStore(Path(unquote(urlsplit(url).path)), is_shared=True)
+    options = object_settings(settings).options.get(scheme_of(url))
+    return ObjectBlobStore(ObjectStore(url, options), root, ObjectCache(objects_directory(root)))
 
 
 async def _open_database(
@@ -276,7 +320,12 @@ async def _open_database(
     """Open the gateway's tables, and the client of the runs in the same database."""
     url = database_url(root, settings.store_url)
     make_client = partial(
-        AsyncTrainingClient, home=root, store_url=url, credentials=vault, backends=backends
+        AsyncTrainingClient,
+        home=root,
+        store_url=url,
+        credentials=vault,
+        backends=backends,
+        objects=await to_thread.run_sync(object_settings, settings),
     )
     client = await stack.enter_async_context(await to_thread.run_sync(make_client))
     await _check_run_store(client, root)

@@ -313,7 +313,7 @@ class JobService:
         backend = self._client.backend(self._backend)
         return make_config(
             job,
-            {file_id: file.path for file_id, file in files.items()},
+            {file_id: file.source for file_id, file in files.items()},
             job_id,
             backend.options_tolerating(job.tolerated) if job.tolerated else {},
             backend.capabilities,

@@ -109,6 +109,7 @@ class Principal:
         key_id: Id of the presented key.
         project: Project of that key; it owns what the caller creates.
         admin: Whether all projects are visible.
+        writes: Whether the key does more than read.
         requests_per_second: Limit of the project; None: unlimited.
         address: Where the request comes from, for the audit log.
         request_id: Which request it is, for the audit log.
@@ -117,6 +118,7 @@ class Principal:
     key_id: str
     project: str = DEFAULT_PROJECT
     admin: bool = False
+    writes: bool = True
     requests_per_second: float | None = None
     address: str = ""
     request_id: str = ""
@@ -301,6 +303,7 @@ class KeyStore:
             key.id,
             key.project,
             admin=key.scope == "admin",
+            writes=key.scope != "read",
             requests_per_second=row.requests_per_second,
         )
 

@@ -13,12 +13,13 @@ from training_backends.core.config import TINY_MODEL, Tuning
 from training_backends.core.errors import RunNotFound, TrainingBackendError
 from training_backends.core.logging import get_logger
 from training_backends.gateway.catalogue import Catalogue, Offer
-from training_backends.gateway.chat import ChatService
+from training_backends.gateway.chat import Abilities, ChatService
 from training_backends.gateway.checkpoint_models import CheckpointModel, CheckpointModels
 from training_backends.gateway.errors import not_found, plain
 from training_backends.gateway.jobstore import base_model, keep_history
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.store import GatewayStore
+from training_backends.gateway.weights import WeightService
 from training_backends.protocols.mistral.status import METHODS
 from training_backends.protocols.mistral.wire import (
     ArchiveFTModelOut,
@@ -58,6 +59,7 @@ class ModelService:
         catalogue: Catalogue,
         organization_id: str,
         opened_at: float,
+        weights: WeightService,
         chat: ChatService,
         checkpoints: CheckpointModels,
     ) -> None:
@@ -67,6 +69,7 @@ class ModelService:
         self._catalogue = catalogue
         self._organization_id = organization_id
         self._opened_at = int(opened_at)
+        self._weights = weights
         self._chat = chat
         self._checkpoints = checkpoints
 
@@ -82,8 +85,13 @@ class ModelService:
         query = sa.select(models).where(*_visible(caller))
         query = query.order_by(models.c.created_at.desc())
         rows = await self._store.aread(lambda connection: connection.execute(query).all())
-        offers = await to_thread.run_sync(lambda: [*map(self._base_card, self._offers())])
-        cards = [*offers, *map(self._card, rows)]
+        can = await self._chat.abilities()
+
+        def make() -> list[BaseModelCard | FTModelCard]:
+            base = [self._base_card(offer, can) for offer in self._offers()]
+            return [*base, *(self._card(row, can) for row in rows)]
+
+        cards = await to_thread.run_sync(make)
         return ModelList(
             data=[
                 card
@@ -101,10 +109,13 @@ class ModelService:
         """
         for offer in self._offers():
             if offer.name == model_id:
-                return await to_thread.run_sync(self._base_card, offer)
+                can = await self._chat.abilities()
+                return await to_thread.run_sync(self._base_card, offer, can)
         if checkpoint := await self._checkpoints.find(model_id, caller):
-            return self._checkpoint_card(model_id, checkpoint)
-        return self._card(await self._store.aread(lambda c: self._row(c, model_id, caller)))
+            can = await self._chat.abilities()
+            return self._checkpoint_card(model_id, checkpoint, can)
+        row = await self._store.aread(lambda c: self._row(c, model_id, caller))
+        return await to_thread.run_sync(self._card, row, await self._chat.abilities())
 
     async def offer(self, name: str, caller: Principal) -> Offer | None:
         """Return a fine-tuned model or a checkpoint as what a job can start from, or None."""
@@ -140,7 +151,7 @@ class ModelService:
         row = await self._store.awrite(
             lambda c: self._change(c, model_id, values, caller, "model.update")
         )
-        return self._updated(row)
+        return await to_thread.run_sync(self._updated, row, await self._chat.abilities())
 
     async def archive(self, model_id: str, caller: Principal) -> ArchiveFTModelOut:
         """Archive a fine-tuned model; safe to repeat."""
@@ -168,7 +179,8 @@ class ModelService:
             return row
 
         row = await self._store.awrite(work)
-        await self._chat.forget(row.job_id)
+        await self._chat.forget(row.job_id, row.id)
+        await self._weights.forget(row.job_id)
         await self._checkpoints.forget(row.job_id)
         try:
             await self._client.delete(row.job_id)
@@ -211,13 +223,13 @@ class ModelService:
             caller.record(connection, action, model_id)
         return connection.execute(models.select().where(mine)).first()
 
-    def _base_card(self, offer: Offer) -> BaseModelCard:
+    def _base_card(self, offer: Offer, can: Abilities) -> BaseModelCard:
         licence = f" License: {offer.licence}." if offer.licence else ""
         return BaseModelCard(
             id=offer.name,
             created=self._opened_at,
             capabilities=ModelCapabilities(
-                completion_chat=self._chat.has(offer),
+                completion_chat=can.has(offer),
                 fine_tuning=True,
                 classification="classifier" in offer.job_types,
             ),
@@ -226,14 +238,14 @@ class ModelService:
             max_context_length=offer.context_length,
         )
 
-    def _card(self, row: Any) -> FTModelCard:
+    def _card(self, row: Any, can: Abilities) -> FTModelCard:
         classifies = row.model_type == "classifier"
         return FTModelCard(
             id=row.id,
             created=int(row.created_at),
             owned_by=self._organization_id,
             capabilities=ModelCapabilities(
-                completion_chat=self._chat.is_available and not classifies,
+                completion_chat=not classifies and can.has_result(row.job_id, row.id),
                 classification=classifies,
             ),
             name=row.name,
@@ -244,7 +256,9 @@ class ModelService:
             archived=row.archived,
         )
 
-    def _checkpoint_card(self, name: str, checkpoint: CheckpointModel) -> FTModelCard:
+    def _checkpoint_card(
+        self, name: str, checkpoint: CheckpointModel, can: Abilities
+    ) -> FTModelCard:
         job = checkpoint.job
         classifies = job.job_type == "classifier"
         return FTModelCard(
@@ -252,7 +266,7 @@ class ModelService:
             created=int(checkpoint.point.at),
             owned_by=self._organization_id,
             capabilities=ModelCapabilities(
-                completion_chat=self._chat.is_available and not classifies,
+                completion_chat=not classifies and can.has_checkpoint(name),
                 classification=classifies,
             ),
             max_context_length=job.context_length,
@@ -261,7 +275,7 @@ class ModelService:
             archived=False,
         )
 
-    def _updated(self, row: Any) -> FTModelOut:
+    def _updated(self, row: Any, can: Abilities) -> FTModelOut:
         classifies = row.model_type == "classifier"
         fields: dict[str, Any] = {
             "id": row.id,
@@ -274,7 +288,7 @@ class ModelService:
             "name": row.name,
             "description": row.description,
             "capabilities": FTModelCapabilitiesOut(
-                completion_chat=self._chat.is_available and not classifies,
+                completion_chat=not classifies and can.has_result(row.job_id, row.id),
                 classification=classifies,
             ),
             "max_context_length": row.context_length,

@@ -1,17 +1,21 @@
 """Dependencies and response models shared by all routes."""
 
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Annotated, Any, Final
 
 from fastapi import Depends, Query, Request
 from pydantic import BaseModel
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from training_backends.gateway.errors import plain
-from training_backends.gateway.gateway import Gateway
+from training_backends.gateway.gateway import Gateway, beside
 from training_backends.gateway.keys import Principal
 
 __all__ = [
     "Caller",
+    "ComputedResponse",
     "Conflict",
     "FileProblem",
     "Opened",
@@ -58,6 +62,28 @@ def _values(value: Any) -> Any:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
+
+
+class ComputedResponse(Response):
+    """A response that is computed while it is sent, and abandoned when the client disconnects."""
+
+    def __init__(self, answer: Callable[[Send], Awaitable[None]]) -> None:
+        super().__init__()
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Compute and send."""
+        del scope
+        async with beside() as tasks:
+
+            async def watch() -> None:
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(watch)
+            await self._answer(send)
+            tasks.cancel_scope.cancel()
 
 
 SmallBody = Depends(_small_body)

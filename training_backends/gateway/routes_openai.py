@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel
-from starlette.responses import FileResponse, JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from training_backends.gateway.errors import OPENAI_PREFIX, HTTPProblem, problem
 from training_backends.gateway.files import OPENAI_UPLOAD, RESULTS_PURPOSE
@@ -216,14 +216,16 @@ async def delete_openai_file(file_id: str, gateway: Opened, caller: Caller) -> F
 
 
 @openai_router.get(
-    "/files/{file_id}/content", response_class=FileResponse, responses=FILE_BYTES | _MISSING
+    "/files/{file_id}/content", response_class=Response, responses=FILE_BYTES | _MISSING
 )
-async def download_openai_file(file_id: str, gateway: Opened, caller: Caller) -> FileResponse:
+async def download_openai_file(
+    request: Request, file_id: str, gateway: Opened, caller: Caller
+) -> Response:
     """Return a file's content."""
     missing = no_file(file_id)
     with _missing(missing):
         stored = await gateway.files.stored(_known_id(FILE, file_id, missing), caller)
-        return await send_file(gateway, stored, caller)
+        return await send_file(gateway, stored, caller, request.headers)
 
 
 def _file(file: FileSchema) -> FileObject:
