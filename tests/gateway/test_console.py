@@ -437,6 +437,8 @@ async def test_a_page_hears_of_its_projects_runs(here: Site, browser: Browser) -
     ):
         assert await theirs.until("runs") == []
         log = await stream.until("log")
+        while log["records"][-1]["step"] is None:  # the status came first
+            log = await stream.until("log")
         assert (log["run"], log["records"][-1]["metrics"]) == (job_id, {"train_loss": 2.0})
         before = stream.cursor
     here.backend.measure(remote_id, 2, train_loss=1.0)
