@@ -437,6 +437,8 @@ async def test_a_page_hears_of_its_projects_runs(here: Site, browser: Browser) -
     ):
         assert await theirs.until("runs") == []
         log = await stream.until("log")
+        while log["records"][-1]["step"] is None:  # the status came first
+            log = await stream.until("log")
         assert (log["run"], log["records"][-1]["metrics"]) == (job_id, {"train_loss": 2.0})
         before = stream.cursor
     here.backend.measure(remote_id, 2, train_loss=1.0)
@@ -549,6 +551,13 @@ async def test_keys_are_managed_by_an_admin(here: Site, browser: Browser) -> Non
         answer = await browser.ask("POST", "/console/keys", json=given | wrong)
         assert answer.status_code == 422
         assert "--" not in answer.text
+
+
+async def test_signing_in_is_in_the_audit_log(here: Site, browser: Browser) -> None:
+    """With the address that it came from."""
+    query = sa.select(audit.c.actor, audit.c.address).where(audit.c.action == "session.open")
+    rows = await here.served.gateway.store.aread(lambda c: c.execute(query).all())
+    assert [tuple(row) for row in rows] == [(browser.session["key"]["id"], "127.0.0.1")]
 
 
 async def test_the_audit_log_names_who_changed_a_key(here: Site) -> None:

@@ -11,6 +11,7 @@ import hmac
 import secrets
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from http.cookies import CookieError, SimpleCookie
 from typing import Final
@@ -49,13 +50,18 @@ class ConsoleSessions:
         prefix = "__Host-" if self._is_secure else ""
         self._name = f"{prefix}tb-session-{port}"
 
-    def open(self, presented: str) -> str:
+    def open(self, presented: str, *, address: str, request_id: str) -> str:
         """Start a session for a key and return its token. Blocking.
+
+        Args:
+            address: Where the request comes from, for the audit log.
+            request_id: Which request it is, for the audit log.
 
         Raises:
             HTTPProblem: 401: the key is unknown, revoked or expired.
         """
         caller = self._keys.admit(presented, writes=False)
+        caller = replace(caller, address=address, request_id=request_id)
         token = secrets.token_urlsafe(32)
         row = {
             "sha256": _hash(token),
@@ -67,6 +73,7 @@ class ConsoleSessions:
         def work(connection: sa.Connection) -> None:
             connection.execute(sessions.delete().where(sessions.c.expires_at < time.time()))
             connection.execute(sessions.insert().values(row))
+            caller.record(connection, "session.open", caller.key_id)
 
         self._store.write(work)
         return token

@@ -130,7 +130,9 @@ async def sign_in(request: Request, given: SignIn, gateway: Opened) -> JSONRespo
     """Start a session for an API key."""
     gateway.sessions.check_site(_raw(request))
     key = given.key.get_secret_value().strip()
-    token = await to_thread.run_sync(gateway.sessions.open, key)
+    state = request.state
+    start = partial(gateway.sessions.open, key, address=state.address, request_id=state.request_id)
+    token = await to_thread.run_sync(start)
     caller = await to_thread.run_sync(partial(gateway.sessions.admit, token, writes=False))
     body = await _session(gateway, caller, token)
     return JSONResponse(body, headers={**_NO_STORE, "set-cookie": gateway.sessions.cookie(token)})
