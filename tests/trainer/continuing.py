@@ -5,14 +5,41 @@ import shutil
 from pathlib import Path
 
 from training_backends.rundir.checkpoints import step_of
-from training_backends.rundir.directory import RunDir, TrainerExitCode
+from training_backends.rundir.directory import ExitRecord, RunDir, RunSpec, TrainerExitCode
+from training_backends.trainer.control import StopRequest
 from training_backends.trainer.process import train
+
+KEPT = "kept"
+
+
+def train_to_continue(run: RunDir) -> TrainerExitCode:
+    """Train a run, and keep its checkpoints as they are before it has completed."""
+
+    def launch(run: RunDir, spec: RunSpec, stop: StopRequest, _: object) -> ExitRecord:
+        from training_backends.trainer.run import TrainingProcess  # noqa: PLC0415  # loads torch
+
+        process = TrainingProcess(run, spec, stop)
+        result = process.run()
+        shutil.copytree(run.checkpoints, run.path / KEPT)
+        return ExitRecord(
+            status="completed", code=TrainerExitCode.DONE, step=process.step, result=result
+        )
+
+    return train(run.path, launch)
+
+
+def before_its_end(finished: RunDir, path: Path) -> RunDir:
+    """Return a copy of a run of `train_to_continue`, as it was before it completed."""
+    run = RunDir(shutil.copytree(finished.path, path))
+    run.exit.unlink()
+    shutil.rmtree(run.checkpoints)
+    (run.path / KEPT).rename(run.checkpoints)
+    return run
 
 
 def assert_continues_bit_equal(finished: RunDir, path: Path, step: int) -> None:
     """Train a copy on from `step`: every measure behind it and the weights are the same."""
-    run = RunDir(shutil.copytree(finished.path, path))
-    run.exit.unlink()
+    run = before_its_end(finished, path)
     run.metrics.unlink()
     shutil.rmtree(run.result)
     for checkpoint in run.checkpoints.iterdir():

@@ -7,13 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.trainer.continuing import KEPT, train_to_continue
 from tests.trainer.plain import save_tiny
 from training_backends.rundir.checkpoints import find_best
 from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.trainer.__main__ import main
+from training_backends.trainer.checkpoint import load_tensors, trained_weights
 from training_backends.trainer.control import EarlyStopping
+from training_backends.trainer.loop import make_optimizer
 from training_backends.trainer.process import train
 
 pytestmark = pytest.mark.engine
@@ -43,7 +48,7 @@ def overfitted(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> R
         sample_prompt="0",
         sample_max_tokens=1,
     )
-    assert train(run.path) is TrainerExitCode.DONE
+    assert train_to_continue(run) is TrainerExitCode.DONE
     return run
 
 
@@ -104,7 +109,7 @@ def test_a_damaged_best_checkpoint_leaves_the_last_state(
             "training_steps": 9,
         },
     )
-    shutil.copytree(overfitted.checkpoints, run.checkpoints)
+    shutil.copytree(overfitted.path / KEPT, run.checkpoints)
     found = find_best(run)
     assert found is not None
     for path in found.path.glob("*.distcp"):
@@ -116,6 +121,30 @@ def test_a_damaged_best_checkpoint_leaves_the_last_state(
     assert record.result.step is None
     warnings = [event.message for event, _ in run.read_events() if event.level == "warning"]
     assert any(f"The best checkpoint, {found.path.name}, is damaged" in text for text in warnings)
+
+
+def test_a_checkpoint_with_everything_in_one_place_is_loaded(tmp_path: Path) -> None:
+    """As earlier versions saved it: weights, and the optimizer's state where it is asked for."""
+    model = torch.nn.Linear(3, 2)
+    weights = trained_weights(model)
+    optimizer = make_optimizer(weights.values(), weight_decay=0)
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    tensors = {
+        "model": {name: weight.detach() for name, weight in weights.items()},
+        "optimizer": {name: optimizer.state[weight] for name, weight in weights.items()},
+    }
+    save(tensors, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+    for loads_optimizer in (True, False):
+        other = torch.nn.Linear(3, 2)
+        found = trained_weights(other)
+        fresh = make_optimizer(found.values(), weight_decay=0)
+        load_tensors(tmp_path, found, fresh if loads_optimizer else None, alone=True)
+        assert torch.equal(other.weight, model.weight)
+        state = fresh.state[other.weight]
+        assert float(state["step"]) == loads_optimizer
+        expected = optimizer.state[model.weight]["exp_avg"] * loads_optimizer
+        assert torch.equal(state["exp_avg"], expected)
 
 
 def test_an_adapter_s_checkpoint_becomes_an_adapter(make_run: MakeRun, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig
 
-from tests.trainer.continuing import assert_continues_bit_equal
+from tests.trainer.continuing import assert_continues_bit_equal, train_to_continue
 from tests.trainer.encoding import row_of
 from training_backends.datasets.rows import ChatRow, Message
 from training_backends.rundir.directory import RunDir, TrainerExitCode
@@ -24,7 +24,6 @@ from training_backends.trainer.data import (
 from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.models import make_tiny_model
 from training_backends.trainer.objectives.tokens import TokenObjective
-from training_backends.trainer.process import train
 from training_backends.trainer.run import require_separate_rows
 
 MAX = 20
@@ -122,7 +121,7 @@ def test_a_packed_run_continues_bit_equal(make_run: Callable[..., RunDir], tmp_p
     run = make_run(
         tmp_path / "r", packing=True, seq_len=100, training_steps=None, epochs=1, checkpoint_every=3
     )
-    assert train(run.path) is TrainerExitCode.DONE
+    assert train_to_continue(run) is TrainerExitCode.DONE
     last = max(row.step for row, _ in run.read_metrics())
     assert last < 15, "fewer steps than with a row for each place in a batch"
     assert_continues_bit_equal(run, tmp_path / "again", 3)

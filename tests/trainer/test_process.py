@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training_backends.core.files import hold_lock
 from training_backends.datasets.rows import byte_encode, parse_row
+from training_backends.rundir.checkpoints import damage_of
 from training_backends.rundir.directory import MetricsRow, RunDir, TrainerExitCode
 from training_backends.trainer.__main__ import main
 from training_backends.trainer.objectives.tokens import TokenObjective
@@ -71,6 +72,15 @@ def test_checkpoints_are_told_with_their_metrics(finished: RunDir) -> None:
     assert events[1].data["metrics"]["train_loss"] == losses[-1]
     assert events[1].data["metrics"]["mean_train_loss"] == pytest.approx(sum(losses) / 5)
     assert [state.step for _, state in finished.read_checkpoints()] == [10, 15, 20]
+
+
+def test_a_completed_run_keeps_no_optimizer_state(finished: RunDir) -> None:
+    """Its checkpoints have weights, about 4 MB each, and list exactly the files that they have."""
+    for path, state in finished.read_checkpoints():
+        assert damage_of(path) is None
+        files = {each.relative_to(path).as_posix() for each in path.rglob("*")}
+        assert files == {"state.json", *state.files}
+        assert sum(state.files.values()) < 4.5e6
 
 
 def test_validation_is_what_the_result_gives(finished: RunDir, data: Path) -> None:

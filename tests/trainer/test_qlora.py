@@ -14,6 +14,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, set_seed
 
+from tests.trainer.continuing import before_its_end, train_to_continue
 from tests.trainer.plain import answer_loss, save_tiny, train_plainly
 from training_backends.core.config import ClassifierTarget, Tuning
 from training_backends.rundir.directory import RunDir, TrainerExitCode
@@ -226,9 +227,8 @@ def test_resumed_it_is_the_same_and_can_be_asked(
     """Every number to the last digit, and the weights; the adapter answers over the whole base."""
     changes = {"model": str(base), "tuning": {**TUNING, "dropout": 0.2}, "training_steps": 12}
     whole = make_run(tmp_path / "whole", **changes)
-    assert train(whole.path) is TrainerExitCode.DONE
-    run = RunDir(shutil.copytree(whole.path, tmp_path / "r"))
-    run.exit.unlink()
+    assert train_to_continue(whole) is TrainerExitCode.DONE
+    run = before_its_end(whole, tmp_path / "r")
     for path in (run.result, run.checkpoints / "step-10", run.checkpoints / "step-12"):
         shutil.rmtree(path)
     assert train(run.path) is TrainerExitCode.DONE

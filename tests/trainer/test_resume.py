@@ -16,7 +16,13 @@ import pytest
 
 from tests.effort import is_thorough
 from tests.forking import Trainer
-from tests.trainer.continuing import hashes, last_step, rows_by_step
+from tests.trainer.continuing import (
+    before_its_end,
+    hashes,
+    last_step,
+    rows_by_step,
+    train_to_continue,
+)
 from tests.trainer.plain import save_tiny
 from tests.waiting import wait_until
 from training_backends.rundir.directory import CheckpointState, RunDir, TrainerExitCode
@@ -169,7 +175,7 @@ def trained(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> RunD
     """A run with checkpoints at the steps 2, 4 and 6."""
     path = tmp_path_factory.mktemp("trained") / "r"
     run = make_run(path, training_steps=6, checkpoint_every=2, validation=[])
-    assert train(run.path) is TrainerExitCode.DONE
+    assert train_to_continue(run) is TrainerExitCode.DONE
     return run
 
 
@@ -178,8 +184,7 @@ def test_behind_damage_the_run_is_the_same(trained: RunDir, tmp_path: Path) -> N
 
     A line of metrics that a crash tore does not count.
     """
-    run = RunDir(shutil.copytree(trained.path, tmp_path / "r"))
-    run.exit.unlink()
+    run = before_its_end(trained, tmp_path / "r")
     with run.metrics.open("ab") as file:
         file.write(b'{"step": 5, "trai')
     flip(run.checkpoints / "step-6" / "__0_0.distcp")
@@ -195,8 +200,7 @@ def test_a_checkpoint_of_an_earlier_version_is_not_resumed_from(
     trained: RunDir, tmp_path: Path
 ) -> None:
     """The failure names the checkpoint and says what to do."""
-    run = RunDir(shutil.copytree(trained.path, tmp_path / "r"))
-    run.exit.unlink()
+    run = before_its_end(trained, tmp_path / "r")
     checkpoint = run.checkpoints / "step-6"
     (checkpoint / ".metadata").rename(checkpoint / "model.safetensors")
     state = json.loads((checkpoint / "state.json").read_bytes())

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.trainer.tasks import METHODS, changes_for, write_tasks
+from training_backends.rundir.checkpoints import damage_of, remove_optimizer_state
 from training_backends.rundir.directory import RunDir, TrainerExitCode
+from training_backends.trainer.__main__ import main
 from training_backends.trainer.models import make_tiny_model
 from training_backends.trainer.process import train
 from training_backends.trainer.sharding import choose_sharding
@@ -172,6 +174,21 @@ def test_a_run_is_resumed_with_fewer_and_with_more_processes(
     for run in (fewer, more):
         for ours, theirs in zip(measures(run), expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_without_optimizer_state_a_checkpoint_is_still_exported(
+    together: Trained, tmp_path: Path
+) -> None:
+    """A checkpoint at the last step, saved by two processes, is the result."""
+    for case, sharding in (("all weights", "zero3"), ("LoRA", "zero2")):
+        run = RunDir(shutil.copytree(together[case, sharding].path, tmp_path / case))
+        remove_optimizer_state(run)
+        assert damage_of(run.checkpoints / "step-2") is None
+        assert not (run.checkpoints / "step-2" / "optimizer").exists()
+        target = tmp_path / f"{case} exported"
+        assert main(["export", str(run.path), "step-2", str(target)]) == 0
+        (file,) = run.result.glob("*.safetensors")
+        assert (target / file.name).read_bytes() == file.read_bytes()
 
 
 def test_resumed_with_as_many_processes_every_number_is_the_same(

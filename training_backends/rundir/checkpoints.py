@@ -1,18 +1,21 @@
-"""Verify the checkpoints in a run directory.
+"""Verify the checkpoints in a run directory, and reduce those of a completed run.
 
 `checkpoints/step-N/` gets its name once complete; its `state.json` lists the size and checksum of
 every other file. `checkpoints/.step-N.*` is being written or removed, or is damaged.
 """
 
+import shutil
 import zlib
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from pydantic import ValidationError
 
+from training_backends.core.files import write_atomic
 from training_backends.rundir.directory import CheckpointState, Event, RunDir
 
 __all__ = [
+    "OPTIMIZER",
     "STATE",
     "DamagedCheckpoint",
     "FoundCheckpoints",
@@ -21,10 +24,13 @@ __all__ = [
     "describe_files",
     "find_best",
     "find_newest",
+    "remove_optimizer_state",
     "step_of",
 ]
 
 STATE: Final = "state.json"
+OPTIMIZER: Final = "optimizer"
+"""Directory in a checkpoint whose files only resuming needs."""
 _CHUNK: Final = 1 << 20
 
 
@@ -96,10 +102,36 @@ def find_best(run: RunDir) -> IntactCheckpoint | None:
 
 def damage_of(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None; reads all of its files."""
-    try:
-        state = _read_state(path)
-    except (OSError, ValidationError):
-        return f"{STATE} cannot be read"
+    while True:
+        try:
+            state = _read_state(path)
+            reason = _mismatch(path, state)
+            # The run may have completed meanwhile, and its optimizer state have been removed.
+            if reason is None or _read_state(path) == state:
+                return reason
+        except (OSError, ValidationError):
+            return f"{STATE} cannot be read"
+
+
+def remove_optimizer_state(run: RunDir) -> None:
+    """Reduce the checkpoints of a completed run to what they need to be exported.
+
+    A crash at any point leaves valid checkpoints.
+    """
+    for path, state in run.read_checkpoints():
+        if not (path / OPTIMIZER).is_dir():  # saved by an earlier version
+            continue
+        changes = {"files": _exported(state.files), "checksums": _exported(state.checksums)}
+        write_atomic(path / STATE, state.model_copy(update=changes).model_dump_json(indent=2))
+        shutil.rmtree(path / OPTIMIZER)
+
+
+def _exported(files: dict[str, int]) -> dict[str, int]:
+    return {name: value for name, value in files.items() if not name.startswith(f"{OPTIMIZER}/")}
+
+
+def _mismatch(path: Path, state: CheckpointState) -> str | None:
+    """Return how a checkpoint differs from its state, or None."""
     if state.step != step_of(path):
         return f"{STATE} belongs to step {state.step}"
     for name, size in state.files.items():

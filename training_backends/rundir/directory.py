@@ -10,7 +10,8 @@ trainer both use it and do not import each other. POSIX only (`flock`).
     metrics.jsonl   append-only: one row per logged step
     tokens/train-0/   the encoded rows of the first training file, see `trainer.encode`; removed
                     when the run completes
-    checkpoints/step-N/   gets its name once complete; `state.json` lists the files
+    checkpoints/step-N/   gets its name once complete; `state.json` lists the files; its
+                    `optimizer/` is removed when the run completes
     result/         the trained model
     exit.json       how the process ended; missing while the lock is free: it crashed
     .processes/     what several processes of a run report to the one that started them

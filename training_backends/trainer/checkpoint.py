@@ -1,7 +1,8 @@
 """Write checkpoints atomically, and find the newest intact one.
 
 The trained weights and their optimizer state are stored by torch's distributed checkpoint (DCP):
-one format, whatever the number of processes that write and read it.
+one format, whatever the number of processes that write and read it. The optimizer's state has a
+directory of its own, which is removed once the run has completed.
 """
 
 import os
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from training_backends.core.errors import first_line
 from training_backends.core.files import sync_directory, write_atomic
 from training_backends.rundir.checkpoints import (
+    OPTIMIZER,
     STATE,
     IntactCheckpoint,
     describe_files,
@@ -156,12 +158,14 @@ def trained_weights(model: Any) -> Weights:
 
 def save_tensors(directory: Path, weights: Weights, optimizer: torch.optim.Optimizer) -> None:
     """Write the trained weights and their optimizer state; called by all processes at once."""
-    with _own_errors():
-        save(
-            _tensors(weights, optimizer),
-            storage_writer=FileSystemWriter(directory, sync_files=False),
-            no_dist=not distributed.is_initialized(),
-        )
+    parts = {directory: _weights(weights), directory / OPTIMIZER: _optimizer(weights, optimizer)}
+    for path, tensors in parts.items():
+        with _own_errors():
+            save(
+                tensors,
+                storage_writer=FileSystemWriter(path, sync_files=False),
+                no_dist=not distributed.is_initialized(),
+            )
 
 
 def load_tensors(
@@ -184,13 +188,20 @@ def load_tensors(
             f"{directory.name} was saved by an earlier version, whose checkpoints cannot be "
             "resumed from. Remove it, or start a new run."
         )
+    parts = {directory: _weights(weights)}
+    if optimizer is not None:
+        # Earlier versions saved everything in one place.
+        is_apart = (directory / OPTIMIZER).is_dir()
+        place = directory / OPTIMIZER if is_apart else directory
+        parts[place] = parts.get(place, {}) | _optimizer(weights, optimizer)
     try:
-        with _own_errors():
-            load(
-                _tensors(weights, optimizer),
-                storage_reader=FileSystemReader(directory),
-                no_dist=alone or not distributed.is_initialized(),
-            )
+        for path, tensors in parts.items():
+            with _own_errors():
+                load(
+                    tensors,
+                    storage_reader=FileSystemReader(path),
+                    no_dist=alone or not distributed.is_initialized(),
+                )
     except (RuntimeError, ValueError) as error:
         raise TrainerError(
             f"{directory.name} does not fit the model: {first_line(error)}"
@@ -210,8 +221,9 @@ def _own_errors() -> Iterator[None]:
         raise error from None
 
 
-def _tensors(weights: Weights, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"model": {name: w.detach() for name, w in weights.items()}}
-    if optimizer is not None:
-        found["optimizer"] = {name: optimizer.state[w] for name, w in weights.items()}
-    return found
+def _weights(weights: Weights) -> dict[str, Any]:
+    return {"model": {name: weight.detach() for name, weight in weights.items()}}
+
+
+def _optimizer(weights: Weights, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {"optimizer": {name: optimizer.state[weight] for name, weight in weights.items()}}

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from training_backends.core.errors import validation_issues
 from training_backends.core.tracing import TRACE_VARIABLES, remote_parent, span
+from training_backends.rundir.checkpoints import remove_optimizer_state
 from training_backends.rundir.directory import (
     Event,
     ExitRecord,
@@ -84,7 +85,10 @@ def train_admitted(admission: Admission, launch: Launch | None = None) -> Traine
     else:
         _end(run, record)
     if record.status == "completed":
-        shutil.rmtree(run.tokens, ignore_errors=True)  # nothing reads them any more
+        # Only resuming needs them, and a completed run is not resumed.
+        shutil.rmtree(run.tokens, ignore_errors=True)
+        with suppress(OSError):
+            remove_optimizer_state(run)
     return TrainerExitCode(record.code)
 
 

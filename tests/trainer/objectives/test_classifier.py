@@ -12,7 +12,7 @@ from msgspec import DecodeError
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.trainer.continuing import assert_continues_bit_equal
+from tests.trainer.continuing import assert_continues_bit_equal, train_to_continue
 from tests.trainer.encoding import examples_of
 from tests.trainer.plain import save_tiny
 from training_backends.core.config import ClassifierTarget
@@ -153,7 +153,7 @@ def make_classifier(make_run: MakeRun, topics: Path) -> MakeRun:
 def finished(make_classifier: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run that was trained from beginning to end."""
     run = make_classifier(tmp_path_factory.mktemp("runs") / "r", sample_prompt="old red cat one")
-    assert train(run.path) is TrainerExitCode.DONE
+    assert train_to_continue(run) is TrainerExitCode.DONE
     return run
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from msgspec import DecodeError
 
-from tests.trainer.continuing import assert_continues_bit_equal
+from tests.trainer.continuing import assert_continues_bit_equal, train_to_continue
 from tests.trainer.encoding import examples_of
 from training_backends.datasets.rows import ChatRow, Message, byte_encode
 from training_backends.rundir.directory import RunDir, TrainerExitCode
@@ -130,7 +130,7 @@ def finished(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Run
         training_steps=10,
         checkpoint_every=5,
     )
-    assert train(run.path) is TrainerExitCode.DONE
+    assert train_to_continue(run) is TrainerExitCode.DONE
     return run
 
 
