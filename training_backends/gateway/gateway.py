@@ -43,6 +43,7 @@ from training_backends.gateway.models import ModelService
 from training_backends.gateway.object_blobs import ObjectBlobStore
 from training_backends.gateway.part_uploads import PartUploads
 from training_backends.gateway.result_files import ResultFiles
+from training_backends.gateway.retention import Retention
 from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore, database_url, lock_home, shares_home
@@ -408,6 +409,8 @@ async def _start_jobs(
     await runner.start()
     tasks.start_soon(files.sweep)
     tasks.start_soon(AuditLog(store).sweep, settings.audit_days)
+    if settings.keep_days is not None:
+        tasks.start_soon(Retention(store, client, models).run, settings.keep_days, leases)
     if webhooks is not None:
         tasks.start_soon(webhooks.run, leases)
     # Another gateway may be creating a job at this moment.

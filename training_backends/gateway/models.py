@@ -17,7 +17,7 @@ from training_backends.gateway.catalogue import Catalogue, Offer
 from training_backends.gateway.chat import Abilities, ChatService
 from training_backends.gateway.checkpoint_models import CheckpointModel, CheckpointModels
 from training_backends.gateway.errors import not_found, plain
-from training_backends.gateway.jobstore import base_model, keep_history
+from training_backends.gateway.jobstore import base_model, keep_history, model_name
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.store import GatewayStore
 from training_backends.gateway.weights import WeightService
@@ -187,17 +187,24 @@ class ModelService:
             return row
 
         row = await self._store.awrite(work)
-        await self._chat.forget(row.job_id, row.id)
-        await self._weights.forget(row.job_id)
-        await self._checkpoints.forget(row.job_id)
+        await self._remove(row.job_id, row.id)
+        return DeleteModelOut(id=model_id)
+
+    async def remove(self, job: Any) -> None:
+        """Remove what a failed or cancelled job has left; its history must be stored."""
+        await self._remove(job.id, model_name(job, self._organization_id, job.modified_at))
+
+    async def _remove(self, job_id: str, name: str) -> None:
+        await self._chat.forget(job_id, name)
+        await self._weights.forget(job_id)
+        await self._checkpoints.forget(job_id)
         try:
-            await self._client.delete(row.job_id)
+            await self._client.delete(job_id)
         except RunNotFound:
-            log.info("run already deleted", model=model_id)
+            log.info("run already deleted", model=name)
         except TrainingBackendError as error:
             # The model is deleted for clients; the operator must remove the files.
-            log.error("run not deleted", model=model_id, reason=error.message)  # noqa: TRY400
-        return DeleteModelOut(id=model_id)
+            log.error("run not deleted", model=name, reason=error.message)  # noqa: TRY400
 
     def _offers(self) -> Sequence[Offer]:
         methods = self._client.backend(self._backend).capabilities.methods

@@ -136,6 +136,12 @@ class GatewaySettings(SectionSettings):
     audit_days: float = Field(
         default=365.0, gt=0, description="Days after which entries of the audit log are deleted."
     )
+    keep_days: float | None = Field(
+        default=None,
+        gt=0,
+        description="Days after which the runs of failed and cancelled jobs are deleted; default: "
+        "never.",
+    )
     organization: str = Field(
         default="local", min_length=1, description="Part of model names, as 8 hex digits."
     )
