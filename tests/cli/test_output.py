@@ -53,6 +53,7 @@ RESULTS = (
     Case("wait done", "done  completed\n", "done  running\n"),
     Case("wait live --until running", "live  running\n", "live  running\n"),
     Case("init new.yaml", "", "Wrote new.yaml"),
+    Case("init --schema", '"definitions"'),
     Case("port run.yaml --to openai", "backend: openai\n", "lost model: ", code=3),
     Case("port done --to local", "backend: local\n", "mapped model, "),
     Case("stop done", "done  completed\n"),
@@ -77,6 +78,7 @@ RESULTS = (
 FAILURES = (
     "quickstart --dir home",
     "init run.yaml",
+    "init --schema --with-schema",
     "port run.yaml --to none",
     "port none --to local",
     "port run.yaml --to local --output run.yaml",

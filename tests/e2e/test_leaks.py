@@ -104,7 +104,7 @@ WITH_SECRETS: dict[str, Any] = {
 LIFE = [
     command("backends"),
     command("backends", "--json"),
-    command("init", "new.yaml", "--backend", "mistral"),
+    command("init", "new.yaml", "--backend", "mistral", "--with-schema"),
     command("validate", "run.yaml"),
     command("estimate", "run.yaml", "--json"),
     command("data", "preview", "run.yaml"),
