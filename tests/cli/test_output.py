@@ -94,6 +94,7 @@ FAILURES = (
     "resume none",
     "download none out",
     "generate none hello",
+    "eval none train.jsonl",
     "delete none --yes",
     "delete done",
     "list --status none",

@@ -125,6 +125,7 @@ LIFE = [
     command("stop", "first", "--json"),
     command("resume", "first", "--yes", code=9),
     command("download", "first", "model", code=9),
+    command("eval", "first", "train.jsonl", code=9),
     command("launch", "run.yaml", "--id", "second", "--yes", "--follow", "--json"),
     command("delete", "first", "--yes"),
     command("credentials", "test", "mistral"),

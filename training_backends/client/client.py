@@ -1,11 +1,11 @@
 """The asynchronous client: launches, records, observes and controls runs."""
 
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import anyio
 from anyio import from_thread, to_thread
@@ -68,6 +68,9 @@ from training_backends.core.tracing import span
 from training_backends.credentials.vault import CredentialVault
 from training_backends.store import Metrics, RunStore
 from training_backends.store.salvage import check
+
+if TYPE_CHECKING:
+    from training_backends.client.evaluation import EvaluatedRow, Evaluation, Scorer
 
 __all__ = ["AsyncTrainingClient"]
 
@@ -671,6 +674,65 @@ class AsyncTrainingClient:
         if backend.capabilities.samples:
             _require_model(backend, run, "ask")
         return await backend.sample(run, prompt, max_tokens=max_tokens)
+
+    async def evaluate(
+        self,
+        run_id: str,
+        file: Path | str,
+        *,
+        scorer: "Scorer | None" = None,
+        rows: int | None = None,
+        max_tokens: int = 256,
+        on_row: "Callable[[EvaluatedRow, int], object] | None" = None,
+    ) -> "Evaluation":
+        """Ask the trained model of a run the prompts of a data file and score its answers.
+
+        A row has one user message and the assistant's answer, a `prompt` and a `completion`, or,
+        for a classifier, a text and its labels, whose accuracy is the score. Rows with other
+        messages, such as a system prompt, earlier turns or images, are skipped and counted.
+
+        Args:
+            scorer: Called in a thread with the prompt, the expected and the given answer; default:
+                whether both answers are the same apart from white space.
+            rows: Ask only the first `rows` of these rows; None: all.
+            max_tokens: Maximum tokens of an answer.
+            on_row: Called with each row as soon as it is scored, and the number of rows in all.
+
+        Raises:
+            DatasetError: The file cannot be read, or has no row that can be asked.
+            TrainingBackendError: As by `sample`.
+        """
+        # Not at all for programs that evaluate nothing.
+        from training_backends.client.evaluation import (  # noqa: PLC0415
+            EvaluatedRow,
+            Evaluation,
+            exact_match,
+            read_questions,
+            score_labels,
+        )
+
+        run = await self.get(run_id)
+        questions, skipped = await to_thread.run_sync(read_questions, Path(file), rows)
+        found: list[EvaluatedRow] = []
+        for question in questions:
+            reply = await self.sample(run.id, question.prompt, max_tokens=max_tokens)
+            expected, prompt, answer = question.expected, question.prompt, reply.answer or ""
+            if isinstance(expected, str):
+                score = await to_thread.run_sync(scorer or exact_match, prompt, expected, answer)
+            else:
+                score = score_labels(expected, reply)
+            row = EvaluatedRow(
+                line=question.line,
+                prompt=prompt,
+                expected=expected,
+                answer=reply.answer,
+                labels=reply.labels,
+                score=score,
+            )
+            found.append(row)
+            if on_row is not None:
+                on_row(row, len(questions))
+        return Evaluation(rows=tuple(found), skipped=skipped)
 
     async def delete(self, run_id: str, *, record_only: bool = False) -> None:
         """Delete a finished run or a draft, here and, if supported, at the provider.

@@ -220,6 +220,7 @@ class TrainingClient:
     resume = _blocking(AsyncTrainingClient.resume)
     download = _blocking(AsyncTrainingClient.download)
     sample = _blocking(AsyncTrainingClient.sample)
+    evaluate = _blocking(AsyncTrainingClient.evaluate)
     delete = _blocking(AsyncTrainingClient.delete)
     check_store = _blocking(AsyncTrainingClient.check_store)
     recover_store = _blocking(AsyncTrainingClient.recover_store)
