@@ -84,6 +84,7 @@ FAILURES = (
     "port run.yaml --to local --output run.yaml",
     "validate none.yaml",
     "launch none.yaml",
+    "launch run.yaml --grid epochs",
     "status none",
     "logs none",
     "metrics none",

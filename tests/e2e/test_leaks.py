@@ -127,6 +127,10 @@ LIFE = [
     command("download", "first", "model", code=9),
     command("eval", "first", "train.jsonl", code=9),
     command("launch", "run.yaml", "--id", "second", "--yes", "--follow", "--json"),
+    command(
+        *("launch", "run.yaml", "--id", "sweep", "--yes"),
+        *("--grid", "hyperparameters.learning_rate=0.001,0.002"),
+    ),
     command("delete", "first", "--yes"),
     command("credentials", "test", "mistral"),
     command("credentials", "list"),
