@@ -10,13 +10,14 @@ LOWEST := .cache/lowest
 LOWEST_TOOLS := blockbuster hypothesis opentelemetry-sdk pytest pytest-timeout pytest-xdist
 LOWEST_TESTS := tests/core tests/http tests/protocols tests/credentials tests/client \
 	tests/cli/test_main.py tests/cli/test_doctor.py tests/cli/test_render.py
+ORCHESTRATORS := prefect==3.9.1 dagster==1.13.29 apache-airflow==3.3.2
 TRACKERS := .cache/trackers
 TRACKER_TOOLS := blockbuster hypothesis openai==3.57.0 pytest pytest-timeout pytest-xdist
-EXTRAS := gateway,local,parquet,postgres,qlora,tokens,zstd
+EXTRAS := gateway,local,parquet,postgres,qlora,s3,tokens,zstd
 INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock --build-constraint requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-thorough test-lowest test-model test-trackers example test-sdks check verifytypes \
+.PHONY: help quickstart test test-thorough test-lowest test-model test-trackers test-orchestrators example test-sdks check verifytypes \
 	docs bench chaos lock clean
 
 help: ## Show this list
@@ -51,10 +52,18 @@ test-trackers: ## Report runs to a real MLflow server and to offline W&B (minute
 	@$(TRACKERS)/bin/pip install --quiet --editable '.[gateway,mlflow,tensorboard,wandb]' mlflow $(TRACKER_TOOLS)
 	$(TRACKERS)/bin/python -m pytest -m trackers --timeout 900 tests/trainer/test_tracking.py
 
+# Each in an environment of its own, with the core package; the runs train in $(VENV).
+test-orchestrators: $(VENV)/.dev ## Run the scripts of docs/orchestrators.md (minutes)
+	@for tool in $(ORCHESTRATORS); do \
+	  env=.cache/$${tool%%==*}; test -x $$env/bin/python || $(PYTHON) -m venv $$env; \
+	  $$env/bin/pip install --quiet $$tool --editable . || exit 1; \
+	done
+	$(BIN)/pytest -m orchestrators --timeout 900 tests/e2e/test_orchestrators.py
+
 example: $(VENV)/.dev ## Follow "Write a backend in 30 minutes" in an environment of its own (part of test)
 	$(BIN)/pytest tests/plugins/test_write_a_backend.py
 
-test-sdks: $(VENV)/.dev ## Drive the gateway with the other official Mistral SDKs (needs npm)
+test-sdks: $(VENV)/.dev ## Drive the gateway with official SDKs, LiteLLM and DSPy (needs npm)
 	$(BIN)/python tests/e2e/sdks.py
 
 test-ray: $(VENV)/.ray ## Train on a real Ray cluster (minutes)
@@ -82,8 +91,10 @@ docs: $(VENV)/.dev ## Refresh the generated pages and serve the documentation
 bench: $(VENV)/.dev ## Print ratios against peers
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/upload.py
+	$(BIN)/python benchmarks/chat.py stub
 	$(BIN)/python benchmarks/watch.py
 	$(BIN)/python benchmarks/gateway_idle.py
+	$(BIN)/python benchmarks/console.py
 	$(BIN)/python benchmarks/inspection.py
 	$(BIN)/python benchmarks/tokens.py
 	$(BIN)/python -m benchmarks.encoding

@@ -99,6 +99,8 @@ def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if name.startswith("TRAINING_BACKENDS_") or name.endswith("_API_KEY"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("TRAINING_BACKENDS_HOME", str(tmp_path / "home"))
+    # No test leaves a process behind.
+    monkeypatch.setenv("TRAINING_BACKENDS_LOCAL__GENERATE_IDLE", "0")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "keyring.backends.fail.Keyring")
     monkeypatch.setattr(settings, "config_file", lambda: tmp_path / "config" / "config.toml")

@@ -95,6 +95,7 @@ FAILURES = (
     "pause none",
     "resume none",
     "download none out",
+    "push none hf://org/name",
     "generate none hello",
     "eval none train.jsonl",
     "delete none --yes",

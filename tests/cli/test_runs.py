@@ -1,7 +1,9 @@
 """Real runs from the command line, each trained in a process of its own."""
 
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,30 @@ pytestmark = [
 ]
 
 
+@contextmanager
+def warm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have the process that answers stay for the block, and end with it."""
+    state = tmp_path / "home" / "generate" / "state.json"
+    monkeypatch.setenv("TRAINING_BACKENDS_LOCAL__GENERATE_IDLE", "60")
+    try:
+        yield
+        pid = json.loads(state.read_text())["pid"]
+    finally:
+        state.unlink(missing_ok=True)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+
+
 def test_a_run_is_launched_followed_by_three_asked_and_downloaded(
-    run: Run, run_process: Run, config_file: Path, tmp_path: Path
+    run: Run,
+    run_process: Run,
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All see the same lines, one of them comes later; a fourth has the model."""
+    """All see the same lines, one of them comes later; a fourth has the model.
+
+    Of three prompts only the first loads it.
+    """
     words = ["--set=options.sample_prompt=3 plus 3?", "--set=hyperparameters.training_steps=60"]
     launch = ("launch", config_file.name, *words, "--id", "mine")
     logs = ("logs", "mine", "--json")
@@ -43,7 +65,14 @@ def test_a_run_is_launched_followed_by_three_asked_and_downloaded(
     assert again.document["finished_at"] == launched.document["finished_at"]
     steps = [record["step"] for record in records]
     assert [step for step in steps if step] == sorted(step for step in steps if step)
-    asked = run("generate", "mi", "3 plus 3?", "--json")
+    with warm(tmp_path, monkeypatch):
+        asked = run("generate", "mi", "3 plus 3?", "--json")
+        state = (tmp_path / "home" / "generate" / "state.json").read_text()
+        (tmp_path / "in.jsonl").write_text('{"prompt": "3 plus 3?"}\n{"prompt": "2 plus\\n2?"}\n')
+        many = run("generate", "mi", "--input", "in.jsonl", "--json")
+        assert (tmp_path / "home" / "generate" / "state.json").read_text() == state
+    assert [each["prompt"] for each in _records(many)] == ["3 plus 3?", "2 plus\n2?"]
+    assert _records(many)[0]["answer"] == asked.document["answer"]
     samples = [record["fields"] for record in records]
     (after,) = [fields["answer"] for fields in samples if fields.get("stage") == "after"]
     assert (asked.code, asked.document) == (0, {"answer": after})

@@ -28,3 +28,23 @@ def test_what_cannot_be_asked_is_said(
     done = run("generate", "r", "hello", "--json")
     assert done.code == (9 if backend == "mistral" else 5)
     assert done.document["error"]["backend"] == backend
+
+
+@pytest.mark.parametrize(
+    ("words", "content", "said"),
+    [
+        ((), "", "give PROMPT or --input"),
+        (("hello", "--input", "in.txt"), "hello", "give PROMPT or --input"),
+        (("--input", "none.txt"), "", "Cannot read none.txt"),
+        (("--input", "in.jsonl"), '{"prompt": "a"}\n\n["b"]\n', "in.jsonl, line 3"),
+        (("--input", "in.txt"), "\udcff", "not UTF-8"),
+    ],
+)
+def test_a_file_of_prompts_that_is_none_is_said(
+    run: Run, tmp_path: Path, words: tuple[str, ...], content: str, said: str
+) -> None:
+    """Before anything is asked."""
+    for name in ("in.txt", "in.jsonl"):
+        (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+    done = run("generate", "r", *words)
+    assert (done.code, said in done.err) == (2 if "give" in said else 3, True), done.err

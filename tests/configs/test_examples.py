@@ -20,6 +20,7 @@ from training_backends.datasets.inspect import inspect
 from training_backends.datasets.provider_formats import LOCAL, MISTRAL
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.settings import GatewaySettings
+from training_backends.objects.settings import ObjectSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EXAMPLES = sorted(CONFIGS.glob("*.yaml"))
@@ -30,6 +31,7 @@ SECTIONS: dict[str | None, type[SectionSettings]] = {
     "openai": OpenAISettings,
     "credentials": CredentialSettings,
     "watch": WatchSettings,
+    "objects": ObjectSettings,
     "gateway": GatewaySettings,
 }
 

@@ -22,6 +22,7 @@ HEAVY = (
     "sqlalchemy",
     "torch",
     "ray",
+    "fsspec",
 )
 
 
@@ -63,6 +64,16 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         "import sys, training_backends\n"
         "training_backends.TrainingStatus, training_backends.RunNotFound\n"
         f"loaded = sorted(set({HEAVY!r}) & set(sys.modules))\n"
+        "assert not loaded, loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_client_loads_no_library_that_it_may_not_need() -> None:
+    """Neither that of HTTP nor those of object stores, before a backend or a URL needs them."""
+    program = (
+        "import sys, training_backends.client.client, training_backends.objects.store\n"
+        "loaded = sorted({'httpx', 'fsspec', 's3fs', 'aiohttp', 'starlette'} & set(sys.modules))\n"
         "assert not loaded, loaded\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

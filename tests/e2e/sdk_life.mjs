@@ -89,6 +89,21 @@ console.log("ok: lists");
 
 const modelId = job.fineTunedModel;
 assert.equal((await client.models.retrieve({ modelId })).root, "tiny-mistral");
+const question = {
+  model: modelId,
+  messages: [{ role: "user", content: "What is 2 plus 2?" }],
+  maxTokens: 12,
+};
+const said = await client.chat.complete(question);
+assert.equal(said.model, modelId);
+let heard = "";
+for await (const event of await client.chat.stream(question)) {
+  heard += event.data.choices[0]?.delta.content ?? "";
+}
+assert.ok(heard.length > 0);
+// A stream ends before a character that is incomplete.
+assert.ok(said.choices[0].message.content.startsWith(heard.replace(/\uFFFD+$/, "")));
+console.log("ok: answers");
 const update = { name: "renamed", description: "a test" };
 const updated = await client.models.update({ modelId, updateModelRequest: update });
 assert.equal(updated.name, "renamed");

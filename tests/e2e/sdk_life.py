@@ -160,6 +160,7 @@ def model_life(client: Any, job: Any) -> None:
     card = client.models.retrieve(model_id=model_id)
     assert (card.root, card.job) == ("tiny-mistral", job.id), card
     assert (card.capabilities.classification, card.capabilities.completion_chat) == (False, True)
+    answers(client, model_id)
     updated = client.models.update(model_id=model_id, name="renamed", description="a test")
     assert (updated.name, updated.description) == ("renamed", "a test"), updated
     assert client.models.archive(model_id=model_id).archived is True
@@ -169,6 +170,25 @@ def model_life(client: Any, job: Any) -> None:
     assert client.models.delete(model_id=model_id).deleted is True
     assert refused(lambda: client.models.retrieve(model_id=model_id)) == 404
     print("ok: model")
+
+
+def answers(client: Any, model_id: str) -> None:
+    """Chat with the model, streamed and not."""
+    asked: dict[str, Any] = {
+        "model": model_id,
+        "messages": [{"role": "user", "content": "What is 2 plus 2?"}],
+        "max_tokens": 12,
+    }
+    said = client.chat.complete(**asked)
+    assert (said.model, said.usage.completion_tokens <= 12) == (model_id, True), said
+    text = said.choices[0].message.content
+    parts = [event.data for event in client.chat.stream(**asked)]
+    heard = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    # A stream ends before a character that is incomplete.
+    assert heard, parts
+    assert text.startswith(heard.rstrip("\N{REPLACEMENT CHARACTER}")), (text, heard)
+    assert parts[-1].usage.total_tokens > 0, parts[-1]
+    print("ok: answers")
 
 
 def cancel_while_running(client: Any, files: tuple[str, str]) -> Any:

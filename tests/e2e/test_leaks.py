@@ -124,8 +124,9 @@ LIFE = [
     command("pause", "first", code=9),
     command("stop", "first", "--json"),
     command("resume", "first", "--yes", code=9),
-    command("download", "first", "model", code=9),
-    command("eval", "first", "train.jsonl", code=9),
+    command("download", "first", "model"),
+    command("push", "first", "hf://org", code=3),
+    command("eval", "first", "train.jsonl", "--output", "answers.jsonl"),
     command("launch", "run.yaml", "--id", "second", "--yes", "--follow", "--json"),
     command(
         *("launch", "run.yaml", "--id", "sweep", "--yes"),

@@ -116,6 +116,52 @@ def test_the_merged_model_answers_as_the_adapter(trained: Path) -> None:
     assert ask(trained, questions) == ask(trained / "adapter", questions)
 
 
+def test_what_openais_sdk_has_tuned_answers_through_it(
+    model: Path, tmp_path: Path, record_property: Record
+) -> None:
+    """Held-out questions in the trained form, streamed and not."""
+    openai = pytest.importorskip("openai")
+    catalogue = tmp_path / "models.toml"
+    catalogue.write_text(
+        f'[models."gpt-4o-mini"]\ntarget = "{model}"\ntuning = {{ kind = "lora", rank = 16 }}\n'
+    )
+    settings = {"TRAINING_BACKENDS_GATEWAY__CATALOGUE": str(catalogue)}
+    with serving(tmp_path / "home", **settings) as served:
+        client = openai.OpenAI(
+            api_key=served.key, base_url=f"{served.url}/openai/v1", timeout=600, max_retries=0
+        )
+        with (SAMPLES / "facts-train.jsonl").open("rb") as file:
+            uploaded = client.files.create(file=file, purpose="fine-tune")
+        # Five times the default learning rate.
+        rates = {"n_epochs": 3, "batch_size": 8, "learning_rate_multiplier": 5}
+        job = client.fine_tuning.jobs.create(
+            model="gpt-4o-mini",
+            training_file=uploaded.id,
+            method={"type": "supervised", "supervised": {"hyperparameters": rates}},
+        )
+        while job.status not in {"succeeded", "failed", "cancelled"}:
+            time.sleep(1)
+            job = client.fine_tuning.jobs.retrieve(job.id)
+        assert job.status == "succeeded", job.error
+
+        def ask_tuned(question: str, *, stream: bool = False) -> str:
+            messages = [{"role": "user", "content": question}]
+            said = client.chat.completions.create(
+                model=job.fine_tuned_model, messages=messages, max_tokens=24, stream=stream
+            )
+            if not stream:
+                return str(said.choices[0].message.content)
+            return "".join(part.choices[0].delta.content or "" for part in said if part.choices)
+
+        texts = [ask_tuned(question) for question in HELD_OUT]
+        assert ask_tuned(next(iter(HELD_OUT)), stream=True) == texts[0]
+    after = [content(text) for text in texts]
+    right = sum(one == other for one, other in zip(after, HELD_OUT.values(), strict=True))
+    record_property("answers", f"{right} of {len(texts)} right: {texts}")
+    assert None not in after, texts
+    assert right >= 4, after
+
+
 def test_dpo_flips_a_preference(trained: Path, tmp_path: Path, record_property: Record) -> None:
     """Of an adapter that SFT has trained: a question that is not in the data included."""
     torch = pytest.importorskip("torch")

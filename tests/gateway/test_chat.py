@@ -62,7 +62,9 @@ def chunks(model: str) -> bytes:
 
 
 def answered(request: Received) -> StubReply:
-    """Answer a chat, streamed if that is asked for."""
+    """Answer a chat, streamed if that is asked for; nothing else is known."""
+    if request.method == "GET" or not request.path.endswith("/chat/completions"):
+        return StubReply(status=404, content=b"{}")
     body = json.loads(request.body)
     if body.get("stream"):
         return StubReply(content=chunks(body["model"]), content_type="text/event-stream")

@@ -410,7 +410,7 @@ class FullDisk(io.RawIOBase):
 async def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     """The client hears what happened, and smaller files still work."""
     store = BlobStore(tmp_path / "gateway", open_file=FullDisk)  # type: ignore[arg-type]
-    async with site(tmp_path, blobs=store) as here:
+    async with site(tmp_path, blob_store=store) as here:
         content = b'{"text": "' + b"a" * 3_000_000 + b'"}\n'
         answer = await here.http.post("/v1/files", files={"file": ("a.jsonl", content)})
         assert answer.status_code == 507

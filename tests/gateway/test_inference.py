@@ -6,15 +6,20 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+from pydantic import SecretStr
 
 from tests.waiting import until
 from training_backends import BackendUnavailable
 from training_backends.gateway.inference import InferenceServers, inference_policy
+from training_backends.gateway.server import running
+from training_backends.gateway.settings import GatewaySettings
+from training_backends.http.client import HttpClient
 
 pytestmark = pytest.mark.anyio
 
@@ -171,3 +176,54 @@ async def test_stopping_waits_for_the_end(servers: Servers, models: list[Path]) 
         await pool.stop(models[0])
         assert not runs(pid)
         await pool.stop(models[1])
+
+
+# Says what it has, merges into a directory, and answers every chat with its own arguments.
+PYTHON = """#!{python} -IS
+import http.server, json, os, pathlib, sys, threading
+if "-c" in sys.argv:
+    names = ["training-backends", "fastapi", "uvicorn", "openai", *sys.argv[4:]]
+    versions = dict.fromkeys(names, "{version}")
+    print(json.dumps({{"versions": versions, "broken": {{}}, "transformers": None}}))
+elif "merge" in sys.argv:
+    pathlib.Path(sys.argv[-1]).mkdir()
+else:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            said = " ".join([os.getcwd(), *sys.argv[1:]])
+            message = {{"role": "assistant", "content": said}}
+            body = json.dumps({{"choices": [{{"index": 0, "message": message}}]}}).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+        def log_message(self, *_): pass
+    server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    while os.read(0, 1): pass
+"""
+
+
+async def test_models_are_merged_and_served_by_the_python_that_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`local.python`, whose packages are those that count."""
+    python = tmp_path / "python"
+    python.write_text(PYTHON.format(python=sys.executable, version=version("training-backends")))
+    python.chmod(0o755)
+    monkeypatch.setenv("TRAINING_BACKENDS_LOCAL__PYTHON", str(python))
+    settings = GatewaySettings(api_key=SecretStr("a-static-key-for-tests"))
+    async with running(settings, home=tmp_path / "home", backend="local", port=0) as served:
+        bearer = HttpClient(served.url, key=the_key)
+        body = {"model": "tiny-mistral", "messages": [{"role": "user", "content": "Hi"}]}
+        answer = await bearer.json("POST", "/v1/chat/completions", body=body)
+        await bearer.aclose()
+    said = answer["choices"][0]["message"]["content"]
+    merged = tmp_path / "home" / "gateway" / "inference" / "models" / "tiny-mistral"
+    assert said.startswith(f"{merged} -P -m training_backends.trainer serve ")
+
+
+async def the_key() -> SecretStr:
+    """Return the gateway's static key."""
+    return SecretStr("a-static-key-for-tests")

@@ -562,13 +562,3 @@ async def test_a_job_has_so_many_steps_at_most(tmp_path: Path) -> None:
         place = ["body", "hyperparameters", "training_steps"]
         assert rejected.json()["detail"][0]["loc"] == place
         await here.create(hyperparameters={"training_steps": 100})
-
-
-@pytest.mark.parametrize("table", ["gateway_files", "gateway_jobs"])
-@pytest.mark.parametrize("condition", ["true", "project = 'default'"])
-async def test_lists_are_read_from_an_index(here: Site, table: str, condition: str) -> None:
-    """Of one project and of all."""
-    query = f"SELECT * FROM {table} WHERE {condition} ORDER BY created_at DESC, id LIMIT 9"
-    read = here.served.gateway.store.aread
-    plan = await read(lambda c: c.exec_driver_sql(f"EXPLAIN QUERY PLAN {query}").all())
-    assert f"INDEX {table}_by_" in str(plan)

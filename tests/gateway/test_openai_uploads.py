@@ -1,6 +1,7 @@
 """Uploads in parts of the OpenAI API, driven by the official client."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,9 @@ async def test_an_upload_expires(tmp_path: Path) -> None:
         made, kept = await begin(sdk), await begin(sdk)
         for each in (made, kept):
             await sdk.uploads.parts.create(each.id, data=THIRDS[0])
-        (here.home / "gateway" / "parts" / "crashed-before-its-row").touch()
+        crashed = here.home / "gateway" / "parts" / "crashed-before-its-row"
+        crashed.touch()
+        os.utime(crashed, (0, 0))
         mine = uploads.c.id == own_id(made.id)
         gone = uploads.update().where(mine).values(expires_at=1.0 + uploads.c.created_at - 3600)
         await here.served.gateway.store.awrite(lambda c: c.execute(gone))

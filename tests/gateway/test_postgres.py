@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import anyio
 import pytest
 from anyio import to_thread
 
 from tests.gateway.conftest import jsonl, scripted, site
 from tests.postgres import Postgres
+from training_backends.gateway import runner
 from training_backends.gateway.keys import open_keys
 
 pytestmark = pytest.mark.anyio
@@ -40,6 +42,28 @@ async def test_a_job_lives_from_upload_to_model_and_through_a_restart(
         kept = await here.get(job_id)
         assert (kept["events"], kept["checkpoints"]) == (done["events"], done["checkpoints"])
     assert not list((tmp_path / "gateway").glob("*.db"))
+
+
+async def test_a_job_moves_to_another_gateway_of_the_home(
+    tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them drives it at a time; the other goes on when that one ends."""
+    monkeypatch.setattr(runner, "TAKE_OVER_EVERY", 0.05)
+    url, backend = postgres.new_url(), scripted()
+    backend.gate = anyio.Event()
+    async with site(tmp_path, backend, store_url=url) as second:
+        async with site(tmp_path, backend, store_url=url) as first:
+            job = await first.create()
+            await second.until(job["id"], "VALIDATING")
+            leases = f"{url.rpartition('%3D')[2]}.leases"
+            held = f"SELECT owner FROM {leases} WHERE name = 'job:{job['id']}'"
+            assert len(postgres.execute(held)) == 1
+        backend.gate.set()
+        moved = await second.until(job["id"], "VALIDATED")
+        words = [event["data"]["status"] for event in moved["events"]]
+        assert words == ["QUEUED", "VALIDATING", "VALIDATED"]
+        cancelled = await second.http.post(f"{JOBS}/{job['id']}/cancel")
+        assert cancelled.json()["status"] == "CANCELLED"
 
 
 async def test_keys_are_shared_with_the_command_line(tmp_path: Path, postgres: Postgres) -> None:

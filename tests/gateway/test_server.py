@@ -89,10 +89,10 @@ async def test_a_bug_is_answered_with_an_id_and_no_trace(
 ) -> None:
     """The log has the trace under the same id."""
 
-    async def bug(**_: object) -> None:
+    def bug(*_: object, **__: object) -> None:
         raise ZeroDivisionError("inner detail")
 
-    monkeypatch.setattr(here.served.gateway.models, "list", bug)
+    monkeypatch.setattr(here.served.gateway.models, "pages", bug)
     answer = await here.http.get("/v1/models")
     assert answer.status_code == 500
     assert answer.json()["request_id"] == answer.headers["x-request-id"]
@@ -106,10 +106,10 @@ async def test_trouble_with_the_store_is_no_client_s_fault(
 ) -> None:
     """503, and nothing of where things lie."""
 
-    async def trouble(*_: object, **__: object) -> None:
+    def trouble(*_: object, **__: object) -> None:
         raise StoreError(f"{here.home} is read-only")
 
-    monkeypatch.setattr(here.served.gateway.models, "list", trouble)
+    monkeypatch.setattr(here.served.gateway.models, "pages", trouble)
     answer = await here.http.get("/v1/models")
     assert answer.status_code == 503
     assert str(here.home) not in answer.text

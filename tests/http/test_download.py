@@ -1,7 +1,10 @@
 """Downloads: whole or not at all."""
 
+import base64
+import hashlib
 import os
 import socket
+import tarfile
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -11,10 +14,11 @@ from pathlib import Path
 import anyio
 import pytest
 
-from training_backends import BackendUnavailable, TrainingBackendError
+from training_backends import BackendUnavailable, ProtocolError, TrainingBackendError
 from training_backends.http.client import HttpClient
+from training_backends.http.download import unpack
 from training_backends.testing.faults import CutAnswer, OtherAnswer
-from training_backends.testing.server import LoopbackServer
+from training_backends.testing.server import LoopbackServer, Received, StubReply
 
 pytestmark = pytest.mark.anyio
 CONTENT = os.urandom(300_000)
@@ -65,6 +69,128 @@ async def test_old_file_stays_until_the_new_one_is_whole(
     server.fail(FILE)
     await client.download("/x", target)
     assert target.read_bytes() == CONTENT
+
+
+def ranged(content: bytes, tag: str) -> Callable[[Received], StubReply]:
+    """Serve some content, or the end of it to a client that has its beginning."""
+
+    def answer(request: Received) -> StubReply:
+        headers = {"ETag": tag, "Accept-Ranges": "bytes"}
+        if request.headers.get("if-range") != tag:
+            return StubReply(content=content, headers=headers)
+        start = int(request.headers["range"].removeprefix("bytes=").removesuffix("-"))
+        headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        return StubReply(status=206, content=content[start:], headers=headers)
+
+    return answer
+
+
+AnswerBy = Callable[[Callable[[Received], StubReply]], None]
+
+
+async def test_a_cut_download_continues_as_long_as_it_progresses(
+    make_client: Callable[..., HttpClient],
+    server: LoopbackServer,
+    answer_by: AnswerBy,
+    tmp_path: Path,
+) -> None:
+    """Nothing is sent twice, and attempts that brought it further are not counted."""
+    content, cut = os.urandom(5 * 2**19), 2**20 + 7
+    answer_by(ranged(content, '"one"'))
+    server.fail(CutAnswer(after=cut), times=2)
+    client = make_client(attempts=2)
+    await client.download("/x", tmp_path / "model.bin")
+    await client.aclose()
+    assert (tmp_path / "model.bin").read_bytes() == content
+    asked = [request.headers.get("range") for request in server.requests]
+    assert asked == [None, f"bytes={cut}-", f"bytes={2 * cut}-"]
+
+
+async def test_content_that_changed_meanwhile_is_downloaded_anew(
+    client: HttpClient, server: LoopbackServer, answer_by: AnswerBy, tmp_path: Path
+) -> None:
+    """No file is made of two versions."""
+    versions = [ranged(CONTENT[::-1], '"two"'), ranged(CONTENT, '"one"')]
+
+    def answer(request: Received) -> StubReply:
+        return versions.pop()(request)
+
+    answer_by(answer)
+    server.fail(CutAnswer(after=5000))
+    await client.download("/x", tmp_path / "model.bin")
+    assert (tmp_path / "model.bin").read_bytes() == CONTENT[::-1]
+
+
+async def test_a_range_that_was_not_asked_for_is_an_error(
+    client: HttpClient, answer_by: AnswerBy, tmp_path: Path
+) -> None:
+    """Its bytes belong elsewhere."""
+    headers = {"Content-Range": "bytes 7-9/10"}
+    answer_by(lambda _: StubReply(status=206, content=b"abc", headers=headers))
+    with pytest.raises(ProtocolError, match=r"another part of model\.bin"):
+        await client.download("/x", tmp_path / "model.bin")
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_download_with_another_checksum_is_repeated_and_then_given_up(
+    client: HttpClient, server: LoopbackServer, answer_by: AnswerBy, tmp_path: Path
+) -> None:
+    """From the beginning: none of it can be trusted."""
+    digest = base64.b64encode(hashlib.sha256(CONTENT).digest()).decode()
+    headers = {"Repr-Digest": f"sha-256=:{digest}:", "ETag": '"one"', "Accept-Ranges": "bytes"}
+    contents = [CONTENT, CONTENT[::-1], *[b"other"] * 3]
+
+    def answer(request: Received) -> StubReply:
+        assert "range" not in request.headers
+        return StubReply(content=contents.pop(), headers=headers)
+
+    answer_by(answer)
+    with pytest.raises(BackendUnavailable, match=r"checksum of model\.bin differs"):
+        await client.download("/x", tmp_path / "model.bin")
+    assert len(server.requests) == 3
+    assert list(tmp_path.iterdir()) == []
+    await client.download("/x", tmp_path / "model.bin")
+    assert (tmp_path / "model.bin").read_bytes() == CONTENT
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
+    """Make the head of an empty file in an archive."""
+    made = tarfile.TarInfo(name)
+    made.type, made.linkname = kind, "/etc/passwd"
+    return made
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [member("../out")],
+        [member("/tmp/out")],
+        [member("a/../../out")],
+        [member("link", tarfile.SYMTYPE)],
+        [member("link", tarfile.LNKTYPE)],
+        [member("device", tarfile.CHRTYPE)],
+        [member("twice"), member("twice")],
+    ],
+)
+async def test_an_archive_stays_in_its_directory(
+    members: list[tarfile.TarInfo], tmp_path: Path
+) -> None:
+    """And has plain files only, each once."""
+    archive, target = tmp_path / "a.tar", tmp_path / "inner" / "target"
+    target.mkdir(parents=True)
+    with tarfile.open(archive, "w") as files:
+        for each in members:
+            files.addfile(each)
+    with pytest.raises(ProtocolError, match=r"archive|invalid name"):
+        await unpack(archive, target)
+    assert [path.name for path in tmp_path.rglob("out")] == []
+
+
+async def test_what_is_no_archive_is_an_error(tmp_path: Path) -> None:
+    """Such as a truncated one."""
+    (tmp_path / "a.tar").write_bytes(b"x" * 1000)
+    with pytest.raises(ProtocolError, match="archive is invalid"):
+        await unpack(tmp_path / "a.tar", tmp_path)
 
 
 async def test_unwritable_target_is_said(client: HttpClient, tmp_path: Path) -> None:

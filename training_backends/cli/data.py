@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from training_backends.cli.completion import complete_format
-from training_backends.cli.session import JsonOption
+from training_backends.cli.session import JsonOption, run_async
 
 if TYPE_CHECKING:
     from training_backends.client.config_file import ConfigFile
+    from training_backends.core.config import DataSource, TrainingConfig
     from training_backends.core.data_rules import ProviderFormat
     from training_backends.core.dataset import Dataset
     from training_backends.core.errors import Issue
@@ -36,15 +37,15 @@ __all__ = [
 
 def inspect(
     files: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(
             metavar="[FILE]...",
-            help="Files, glob patterns, directories, or - for stdin.",
+            help="Files, glob patterns, directories, URLs, or - for stdin.",
             show_default=False,
         ),
     ] = None,
     validation: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option("--validation", metavar="FILE", help="Validation file; repeatable."),
     ] = None,
     config: Annotated[
@@ -125,13 +126,12 @@ class _Request(NamedTuple):
 
 
 def _request(
-    files: list[Path], validation: list[Path], config: Path | None, provider_format: str | None
+    files: list[str], validation: list[str], config: Path | None, provider_format: str | None
 ) -> _Request:
     from training_backends.cli.exit_codes import UsageError
-    from training_backends.core.config import DataSource
+    from training_backends.core.config import Data, TrainingConfig
     from training_backends.datasets.inspect import inspect as inspect_config
     from training_backends.datasets.inspect import inspect_files
-    from training_backends.datasets.open_file import expand
     from training_backends.datasets.provider_formats import MISTRAL, PROVIDER_FORMATS
 
     if bool(files or validation) == bool(config):
@@ -142,14 +142,47 @@ def _request(
 
         file = load_config(config)
         rules = chosen or PROVIDER_FORMATS.get(file.backend or "", MISTRAL)
-        read = partial(inspect_config, file.config, provider_format=rules)
-        return _Request(read, rules, lambda issue: file.located([issue])[0])
+        local, named = _fetched(file.config)
+        read = partial(inspect_config, local, provider_format=rules)
+        return _Request(read, rules, lambda issue: file.located([named(issue)])[0])
     rules = chosen or MISTRAL
-    train = [DataSource(path=path) for path in expand(files)]
-    others = [DataSource(path=path) for path in expand(validation)]
-    return _Request(
-        partial(inspect_files, train, others, provider_format=rules), rules, lambda issue: issue
-    )
+    data = Data(train=_sources(files), validation=_sources(validation))
+    local, named = _fetched(TrainingConfig(data=data))
+    read = partial(inspect_files, local.data.train, local.data.validation, provider_format=rules)
+    return _Request(read, rules, named)
+
+
+def _sources(names: Sequence[str]) -> "tuple[DataSource, ...]":
+    from training_backends.core.config import DataSource
+    from training_backends.datasets.open_file import expand
+
+    found: list[DataSource] = []
+    for name in names:
+        if "://" in name:
+            found.append(DataSource(uri=name))
+        else:
+            found += [DataSource(path=path) for path in expand([name])]
+    return tuple(dict.fromkeys(found))
+
+
+def _fetched(config: "TrainingConfig") -> "tuple[TrainingConfig, Callable[[Issue], Issue]]":
+    """Fetch the remote data of a configuration.
+
+    Returns:
+        The configuration with local paths, and what names the URL in an issue.
+    """
+    if all(each.uri is None for each in (*config.data.train, *config.data.validation)):
+        return config, lambda issue: issue
+    from training_backends.client.remote_data import RemoteData, located
+    from training_backends.core.settings import Settings, load_settings
+    from training_backends.objects.cache import ObjectCache, objects_directory
+    from training_backends.objects.settings import ObjectSettings
+
+    home = load_settings(Settings).home.expanduser().absolute()
+    remote = RemoteData(ObjectCache(objects_directory(home)), load_settings(ObjectSettings))
+    recorded = run_async(lambda: remote.recorded(config))
+    local = remote.local(recorded)
+    return local, lambda issue: located([issue], recorded, local)[0]
 
 
 def _count(
@@ -186,7 +219,8 @@ def preview(
     from training_backends.tokens.preview import preview as preview_rows
 
     file = load_config(config)
-    examples = [*preview_rows(file.config, rows=rows, seq_len=_seq_len(file))]
+    local, _ = _fetched(file.config)
+    examples = [*preview_rows(local, rows=rows, seq_len=_seq_len(file))]
     if json:
         write_json({"model": file.config.model, "rows": list(map(preview_document, examples))})
     else:

@@ -49,7 +49,7 @@ def doctor(
             "credentials": [entry._asdict() for entry in await vault.list()],
             "sources": list(await vault.sources()),
         }
-        checks = [*await diagnose(client, vault), await _gateway_check()]
+        checks = [*await diagnose(client, vault), await _gateway_check(), *await _blob_check()]
         return {"recovery": recovery, **keys}, checks
 
     found, checks = with_client(examine)
@@ -138,6 +138,31 @@ async def _gateway_check() -> "Check":
         hint = "Start it with `training-backends serve`."
         return Check("gateway", "unused", f"not running at {place}", hint)
     return Check("gateway", "ok", f"listening at {place}")
+
+
+async def _blob_check() -> "list[Check]":
+    """Check the storage of uploaded files, if it is not in the gateway's home."""
+    import anyio.to_thread
+
+    from training_backends import TrainingBackendError
+    from training_backends.client.doctor import Check
+    from training_backends.core.settings import Settings, load_settings
+    from training_backends.gateway.gateway import open_blobs
+    from training_backends.gateway.settings import GatewaySettings
+
+    settings = load_settings(GatewaySettings)
+    if settings.blobs is None:
+        return []
+    root = load_settings(Settings).home.expanduser().absolute() / "gateway"
+    title = "gateway files"
+    try:
+        blobs = await anyio.to_thread.run_sync(open_blobs, settings, root)
+        await anyio.to_thread.run_sync(blobs.check)
+    except TrainingBackendError as error:
+        return [Check(title, "failed", error.message, error.hint)]
+    except OSError as error:
+        return [Check(title, "failed", f"{settings.blobs}: {error.strerror}")]
+    return [Check(title, "ok", f"{settings.blobs} can be reached")]
 
 
 async def _recover(client: "AsyncTrainingClient") -> dict[str, Any]:

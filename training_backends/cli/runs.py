@@ -1,5 +1,6 @@
 """Commands that show, control and delete runs."""
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NoReturn
@@ -42,6 +43,7 @@ __all__ = [
     "logs",
     "metrics",
     "pause",
+    "push",
     "status",
     "stop",
     "wait",
@@ -50,28 +52,86 @@ __all__ = [
 
 def generate(
     run: RunArgument,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Prompt for the model.")],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="Prompt for the model.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--input", metavar="FILE", help="Text, or JSON Lines with `prompt`; - stdin."),
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, max=32768, help="Maximum tokens to generate.")
     ] = 64,
     json: JsonOption = False,
 ) -> None:
-    """Generate text with the trained model of a run."""
-    from training_backends.cli.views.console import show_text, stdout, write_json
+    """Generate text with the trained model of a run.
 
-    async def prompt_model(client: "AsyncTrainingClient") -> "Reply":
-        return await client.sample(await complete_id(client, run), prompt, max_tokens=max_tokens)
+    With --input, answers each line of a file, in order; with --json, a JSON line each.
+    """
+    from training_backends.cli.views.console import write_json, write_json_line
 
-    reply = with_client(prompt_model)
-    if json:
-        write_json(reply.model_dump(mode="json", exclude_none=True))
-    elif reply.answer is not None:
+    if (prompt is None) == (prompts is None):
+        raise typer.BadParameter("give PROMPT or --input, one of them", param_hint="PROMPT")
+    asked = [str(prompt)] if prompts is None else _read_prompts(prompts)
+
+    async def prompt_model(client: "AsyncTrainingClient") -> None:
+        run_id = await complete_id(client, run)
+        for each in asked:
+            reply = await client.sample(run_id, each, max_tokens=max_tokens)
+            found = reply.model_dump(mode="json", exclude_none=True)
+            if not json:
+                _show_reply(reply)
+            elif prompts is None:
+                write_json(found)
+            else:
+                write_json_line({"prompt": each, **found})
+
+    with_client(prompt_model)
+
+
+def _show_reply(reply: "Reply") -> None:
+    from training_backends.cli.views.console import show_text, stdout
+
+    if reply.answer is not None:
         show_text(reply.answer, stdout())
-    else:
-        for target, labels in (reply.labels or {}).items():
-            ranked = sorted(labels.items(), key=lambda label: -label[1])
-            shares = ", ".join(f"{label} {share:.3f}" for label, share in ranked)
-            stdout().print(f"{target}: {shares}", markup=False)
+        return
+    for target, labels in (reply.labels or {}).items():
+        ranked = sorted(labels.items(), key=lambda label: -label[1])
+        shares = ", ".join(f"{label} {share:.3f}" for label, share in ranked)
+        stdout().print(f"{target}: {shares}", markup=False)
+
+
+def _read_prompts(path: Path) -> "Sequence[str]":
+    """Return the prompts of a file, one a line; those of JSON Lines are in `prompt`."""
+    from training_backends.core.errors import DatasetError
+
+    try:
+        given = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        lines = given.decode().splitlines()
+    except OSError as error:
+        raise DatasetError(f"Cannot read {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is not UTF-8 text.") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if path.suffix == ".jsonl":
+        return [_prompt_of(line, f"{path}, line {number}") for number, line in numbered]
+    return [line for _, line in numbered]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    import json
+
+    from training_backends.core.errors import DatasetError
+
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise DatasetError(
+            f'{where}: expected an object such as {{"prompt": "What is 2 plus 2?"}}.'
+        )
+    return prompt
 
 
 WatchOption = Annotated[bool, typer.Option("--watch", "-w", help="Keep showing the current state.")]
@@ -459,25 +519,76 @@ def pause(run: ExactRunArgument, json: JsonOption = False) -> None:
 
 def download(
     run: RunArgument,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Target directory.")],
+    target: Annotated[
+        str,
+        typer.Argument(metavar="DIR|URL", help="Target directory, or a URL such as s3://bucket/a."),
+    ],
     checkpoint: Annotated[
         str | None,
         typer.Option("--checkpoint", metavar="ID", help="Checkpoint id; default: the result."),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Download the model of a run or of a checkpoint."""
+    """Download the model of a run or of a checkpoint.
+
+    To a URL it is copied with a manifest.json, which is written last.
+    """
     from training_backends.cli.views.console import stderr, write_json
 
-    async def fetch(client: "AsyncTrainingClient") -> Path:
-        run_id = await complete_id(client, run)
-        return await client.download(run_id, directory.absolute(), checkpoint=checkpoint)
+    directory = Path(target).absolute()
 
-    path = with_client(fetch)
+    async def fetch(client: "AsyncTrainingClient") -> Path | str:
+        run_id = await complete_id(client, run)
+        if "://" in target:
+            await client.publish(run_id, target, checkpoint=checkpoint)
+            return target
+        return await client.download(run_id, directory, checkpoint=checkpoint)
+
+    place = with_client(fetch)
     if json:
-        write_json({"path": str(path)})
+        write_json({"url" if isinstance(place, str) else "path": str(place)})
     else:
-        stderr().print(f"Saved the model to {path}", markup=False)
+        stderr().print(f"Saved the model to {place}", markup=False)
+
+
+def push(
+    run: RunArgument,
+    target: Annotated[
+        str, typer.Argument(metavar="hf://ORG/NAME", help="Repository on the Hugging Face Hub.")
+    ],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option("--checkpoint", metavar="ID", help="Checkpoint id; default: the result."),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Create a public repository, or push to one.")
+    ] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option("--profile", metavar="NAME", help="Credential profile of huggingface."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Push the model of a run to the Hugging Face Hub.
+
+    Uploads it as one commit to a private repository, which is created if necessary.
+    """
+    from training_backends.cli.views.console import stderr, write_json
+
+    async def upload(client: "AsyncTrainingClient") -> str:
+        return await client.push(
+            await complete_id(client, run),
+            target,
+            checkpoint=checkpoint,
+            private=not public,
+            profile=profile,
+        )
+
+    url = with_client(upload)
+    if json:
+        write_json({"url": url})
+    else:
+        stderr().print(f"Pushed the model to {url}", markup=False)
 
 
 def delete(

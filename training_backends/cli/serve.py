@@ -124,6 +124,8 @@ async def _serve(
                 write_json_line({**document, "key": new_key} if new_key else document)
             say(f"Serving the Mistral API at {served.url}")
             say(f"  backend {backend}, state in {served.gateway.home}")
+            if settings.console:
+                say(f"  console at {served.url}/")
             if new_key and not json:
                 say("  first API key, shown only once:")
                 typer.echo(new_key)

@@ -1,11 +1,14 @@
 """The asynchronous client: launches, records, observes and controls runs."""
 
+import shutil
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Self
+from uuid import uuid4
 
 import anyio
 from anyio import from_thread, to_thread
@@ -25,12 +28,15 @@ from training_backends.client.launch import RunRecords, Steering
 from training_backends.client.leases import Leases
 from training_backends.client.observe import Observer, WatchSettings, last_seen
 from training_backends.client.poller import Poller
+from training_backends.client.push import push_to_hub, read_hub_target
 from training_backends.client.recovery import Recovery, recover
+from training_backends.client.remote_data import RemoteData, located, require_plain_uris
 from training_backends.client.run_record import (
     launch_lease,
     new_run_record,
     require_same,
     unfit_fields,
+    with_known_data,
 )
 from training_backends.client.watch import OnEvent, Watcher
 from training_backends.core.backend import (
@@ -66,7 +72,12 @@ from training_backends.core.settings import Settings, load_settings
 from training_backends.core.status import TrainingStatus, statuses_of
 from training_backends.core.tracing import span
 from training_backends.credentials.vault import CredentialVault
+from training_backends.objects.cache import ObjectCache, objects_directory
+from training_backends.objects.publish import MANIFEST, publish
+from training_backends.objects.settings import ObjectSettings
+from training_backends.objects.store import ObjectStore, scheme_of
 from training_backends.store import Metrics, RunStore
+from training_backends.store.changes import Changes
 from training_backends.store.salvage import check
 
 if TYPE_CHECKING:
@@ -87,6 +98,7 @@ class AsyncTrainingClient:
         store_url: SQLAlchemy URL of the run store; default: SQLite in `home`.
         credentials: Source of secrets; default: the credential vault.
         backends: Backends by name, used instead of the registered ones.
+        objects: How remote data is read; default: from the settings.
     """
 
     def __init__(
@@ -96,6 +108,7 @@ class AsyncTrainingClient:
         store_url: str | None = None,
         credentials: CredentialSource | None = None,
         backends: Mapping[str, TrainingBackend] | None = None,
+        objects: ObjectSettings | None = None,
     ) -> None:
         settings = load_settings(Settings)
         self.home: Path = Path(home or settings.home).expanduser().absolute()
@@ -104,16 +117,24 @@ class AsyncTrainingClient:
         self._store_url = store_url or f"sqlite:///{self.home / 'runs.db'}"
         self._store = RunStore(self._store_url)
         self._cache = self.home / "cache" / "data"
+        objects = objects or load_settings(ObjectSettings)
+        self._object_options = objects.options
+        self._remote = RemoteData(ObjectCache(objects_directory(self.home)), objects)
         self._credentials = credentials or CredentialVault(home=self.home)
         self._backends = {name: guarded(given, name) for name, given in (backends or {}).items()}
         self._own: list[TrainingBackend] = []
         watching = load_settings(WatchSettings)
         self._leases = Leases(self._store, self.home / "leases")
-        self._records = RunRecords(self._store, self._leases)
+        self._records = RunRecords(self._store, self._leases, self._localized)
         self._observer = Observer(self._store, self._backend, watching)
         self._steering = Steering(self._store, self._leases, self._records, self._observer)
         self._following = Following(
-            self._store, self._leases, self._records, self._observer, self._poller
+            self._store,
+            self._leases,
+            self._records,
+            self._observer,
+            self._poller,
+            changes=Changes(self._store, self._store_url),
         )
         self._attempts = Attempts(
             self._store, self._records, self._following, stop=self.stop, resume=self.resume
@@ -180,14 +201,18 @@ class AsyncTrainingClient:
             backend: Check the rows for this backend; None: for the Mistral protocol.
         """
         chosen = None if backend is None else await self._backend(backend)
-        return await self._read(await self._config(config, chosen), chosen)
+        recorded = await self._config(config, chosen)
+        local = self._local(recorded, chosen)
+        return _located(await self._read(local, chosen), recorded, local)
 
     async def validate(self, config: ConfigLike, *, backend: str) -> ValidationReport:
         """Check configuration and data without uploading or spending anything."""
         chosen = await self._backend(backend)
-        config = await self._config(config, chosen)
-        dataset, report = await self._judged(chosen, config)
-        return ValidationReport(issues=(*dataset.issues, *report.issues), dataset=dataset)
+        recorded = await self._config(config, chosen)
+        local = self._local(recorded, chosen)
+        dataset, report = await self._judged(chosen, local)
+        issues = located((*dataset.issues, *report.issues), recorded, local)
+        return ValidationReport(issues=issues, dataset=_located(dataset, recorded, local))
 
     async def estimate(
         self,
@@ -211,10 +236,11 @@ class AsyncTrainingClient:
             DatasetError: The data has errors.
         """
         chosen = await self._backend(backend)
-        config = await self._config(config, chosen)
+        recorded = await self._config(config, chosen)
+        config = self._local(recorded, chosen)
         _require_valid(chosen, unfit_fields(chosen, config))
         dataset = await self._inspected(chosen, config)
-        _require_sound(dataset)
+        _require_sound(_located(dataset, recorded, config))
         wishes = Counting(sample=sample, exact=exact, on_progress=on_counting)
         return await self._estimated(chosen, config, dataset, wishes)
 
@@ -265,11 +291,14 @@ class AsyncTrainingClient:
                 dataset, estimate = await self._prepare(chosen, config, watch)
                 run = run.model_copy(update={"estimate": estimate})
                 await to_thread.run_sync(self._store.insert, run)
-                await self._records.remember_data(run_id, dataset.files)
+                named = {source.path for source in (*config.data.train, *config.data.validation)}
+                mine = [file for file in dataset.files if file.path in named]
+                await self._records.remember_data(run_id, mine)
                 watch.updated(run)
             else:
+                run, changed = with_known_data(known, run)
                 require_same(known, run)
-                await self._records.notice_known(known, watch)
+                await self._records.notice_known(known, watch, changed)
                 if not await self._records.was_launched(known):
                     await self._observer.require_here(known, "launch")
             return await self._records.launch(run_id, watch, chosen.launch, lease=lease)
@@ -658,6 +687,93 @@ class AsyncTrainingClient:
             _require_model(backend, run, "download")
         return await backend.download(run, Path(target))
 
+    async def push(
+        self,
+        run_id: str,
+        target: str,
+        *,
+        checkpoint: str | None = None,
+        private: bool = True,
+        profile: str | None = None,
+    ) -> str:
+        """Upload the trained model of a run to the Hugging Face Hub, as one commit.
+
+        Args:
+            target: `hf://ORG/NAME`; the repository is created if necessary.
+            checkpoint: See `download`.
+            private: Create a private repository, and reject one that exists and is public.
+            profile: Credential profile of `huggingface`; None: the default one.
+
+        Returns:
+            The URL of the repository.
+
+        Raises:
+            ConfigError: The target is invalid, or the repository is public.
+            CredentialNotFound: No token is stored.
+            UnsupportedOperation: See `download`.
+        """
+        repository = read_hub_target(target)
+        token = await self._credentials.get("huggingface", profile)
+        message = f"Upload the model of {run_id}"
+        make = partial(
+            TemporaryDirectory, prefix="push-", dir=self.home, ignore_cleanup_errors=True
+        )
+        with await to_thread.run_sync(make) as directory:
+            model = await self.download(run_id, Path(directory, "model"), checkpoint=checkpoint)
+            return await push_to_hub(model, repository, token, private=private, message=message)
+
+    async def publish(
+        self,
+        run_id: str,
+        url: str,
+        *,
+        checkpoint: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> str:
+        """Copy the trained model of a run to an object store; safe to repeat.
+
+        A `manifest.json` with the SHA-256 of each file is written last: a copy without it is
+        incomplete.
+
+        Args:
+            url: Such as `s3://bucket/models/support`, with nothing below it.
+            checkpoint: See `download`.
+            on_progress: Called with a name, the bytes copied and all bytes.
+
+        Returns:
+            The URL of the manifest.
+
+        Raises:
+            ConfigError: The URL is invalid, or has another result.
+            BackendNotInstalled: The package of the store is not installed.
+            TrainingBackendError: The store or the model cannot be used; see also `download`.
+        """
+        options = self._object_options.get(scheme_of(url))
+        store = await to_thread.run_sync(ObjectStore, url, options)
+        try:
+            await to_thread.run_sync(store.check)
+        except RunNotFound as error:
+            raise ConfigError(error.message, hint="Create the bucket.") from None
+        directory = anyio.Path(self.home / "cache" / f"publish-{uuid4().hex}")
+        try:
+            target = Path(directory / run_id)
+            await directory.mkdir(parents=True)
+            path = await self.download(run_id, target, checkpoint=checkpoint)
+            about = {"run": run_id, **({"checkpoint": checkpoint} if checkpoint else {})}
+
+            def progress(name: str, done: int, total: int) -> None:
+                _check_cancelled()
+                if on_progress:
+                    with callers_own():
+                        from_thread.run_sync(on_progress, name, done, total)
+
+            await to_thread.run_sync(publish, path, store, about, progress)
+        finally:
+            with anyio.CancelScope(shield=True):
+                remove = partial(shutil.rmtree, directory, ignore_errors=True)
+                await to_thread.run_sync(remove)
+        return store.place(MANIFEST)
+
     async def sample(self, run_id: str, prompt: str, *, max_tokens: int = 64) -> Reply:
         """Prompt the trained model of a run, if its backend can serve it.
 
@@ -779,6 +895,13 @@ class AsyncTrainingClient:
         names = dict.fromkeys((*installed_backends(), *self._backends))
         return await recover(self._store_url, self._store, names, self._backend)
 
+    def exclusive(self, name: str) -> AbstractAsyncContextManager[object]:
+        """Exclude all other processes on this run store from a block, by a name.
+
+        Waits until a process that holds the name leaves its block or has ended.
+        """
+        return self._leases.hold(name)
+
     def _require_open(self) -> None:
         # A closed client no longer renews its leases, so a launch could be started twice.
         if self._closed:
@@ -790,10 +913,15 @@ class AsyncTrainingClient:
     async def _config(self, config: ConfigLike, backend: TrainingBackend | None) -> TrainingConfig:
         """Return the configuration as it is recorded.
 
-        Without unset options, and with the digest of its chat template.
+        Without unset options, and with the digests of its chat template and of its remote data,
+        which is fetched.
         """
         options = None if backend is None else backend.options_model
         found = await to_thread.run_sync(to_config, config, options)
+        if backend is None or not _reads_uris(backend):
+            found = await self._fetched(found)
+        else:
+            require_plain_uris(found)
         if found.chat_template is not None:
             template = await to_thread.run_sync(found.chat_template.pinned)
             found = found.model_copy(update={"chat_template": template})
@@ -801,6 +929,36 @@ class AsyncTrainingClient:
             return found
         given = given_options(options, found.options)
         return found.model_copy(update={"options": given})
+
+    async def _fetched(self, config: TrainingConfig) -> TrainingConfig:
+        """Return a configuration with the digests of its remote data, which is then local."""
+        if all(each.uri is None for each in (*config.data.train, *config.data.validation)):
+            return config
+        found = await self._remote.recorded(config)
+        if await to_thread.run_sync(self._remote.is_full):
+            live = [run.config for run in await self.list() if not run.status.is_terminal]
+            needed = [
+                each.sha256
+                for config in (found, *live)
+                for each in (*config.data.train, *config.data.validation)
+                if each.sha256
+            ]
+            await to_thread.run_sync(self._remote.trim, needed)
+        return found
+
+    def _local(self, config: TrainingConfig, backend: TrainingBackend | None) -> TrainingConfig:
+        """Return a recorded configuration as a backend sees it."""
+        if backend is not None and _reads_uris(backend):
+            return config
+        return self._remote.local(config)
+
+    async def _localized(self, run: TrainingRun) -> TrainingRun:
+        """Return a recorded run as its backend sees it; fetches data that is not here (again)."""
+        backend = await self._backend(run.backend)
+        if _reads_uris(backend):
+            return run
+        config = await self._fetched(run.config)
+        return run.model_copy(update={"config": self._local(config, backend)})
 
     async def _read(self, config: TrainingConfig, backend: TrainingBackend | None) -> Dataset:
         def read() -> Dataset:
@@ -835,9 +993,10 @@ class AsyncTrainingClient:
         self, backend: TrainingBackend, config: TrainingConfig, watch: LaunchWatch
     ) -> tuple[Dataset, Estimate]:
         """Validate and estimate, before the run is recorded."""
+        recorded, config = config, self._local(config, backend)
         dataset, report = await self._judged(backend, config)
-        _require_sound(dataset)
-        _require_valid(backend, report.errors)
+        _require_sound(_located(dataset, recorded, config))
+        _require_valid(backend, located(report.errors, recorded, config))
         estimate = await self._estimated(backend, config, dataset)
         if backend.capabilities.quotes:
             config.budget.check(estimate)  # the provider's quote is confirmed later
@@ -879,6 +1038,16 @@ async def _close(backend: TrainingBackend) -> None:
         await backend.aclose()
     except TrainingBackendError as error:
         log.warning("backend not closed", backend=backend.name, reason=error.message)
+
+
+def _reads_uris(backend: TrainingBackend) -> bool:
+    """Return whether a backend or its provider reads data by URI itself."""
+    return "uri" in backend.capabilities.data
+
+
+def _located(dataset: Dataset, config: TrainingConfig, local: TrainingConfig) -> Dataset:
+    """Return a dataset whose issues name the URL of remote data, not its path in the cache."""
+    return dataset.model_copy(update={"issues": located(dataset.issues, config, local)})
 
 
 def _require_sound(dataset: Dataset) -> None:

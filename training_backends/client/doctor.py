@@ -31,6 +31,7 @@ from training_backends.core.settings import (
 )
 from training_backends.credentials.choice import CredentialSettings
 from training_backends.credentials.vault import CredentialVault, check_names
+from training_backends.objects.settings import ObjectSettings
 
 __all__ = [
     "PACKAGE",
@@ -77,7 +78,8 @@ def known_settings(*more: type[SectionSettings]) -> list[Effective]:
     Raises:
         ConfigError: A setting is invalid or unknown.
     """
-    kinds: list[type[SectionSettings]] = [Settings, CredentialSettings, WatchSettings, *more]
+    kinds: list[type[SectionSettings]] = [Settings, CredentialSettings, WatchSettings]
+    kinds += [ObjectSettings, *more]
     for name in installed_backends():
         try:
             model = backend_class(name).settings_model

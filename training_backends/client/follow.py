@@ -24,6 +24,7 @@ from training_backends.core.logging import get_logger
 from training_backends.core.run import LogRecord, TrainingRun, utc_now
 from training_backends.core.status import FINISHED, ON_THE_WAY, TrainingStatus
 from training_backends.store import RunStore
+from training_backends.store.changes import Changes, RunChange
 
 __all__ = ["Following", "is_reached"]
 
@@ -33,6 +34,9 @@ _PAGE: Final = 1000
 _SHORTEST: Final = 0.05
 _STORE_INTERVAL: Final = 0.5
 """Seconds between reads of the store, which other processes may update."""
+_ABANDONED_INTERVAL: Final = 5.0
+_FARTHEST: Final = 30.0
+"""Seconds between reads of a store that tells changes itself."""
 _FOLLOWED: Final = 4
 """A followed run is polled at least every this many shortest intervals."""
 _LONGEST_TROUBLE: Final = 30.0
@@ -48,17 +52,35 @@ class Following:
         records: RunRecords,
         observer: Observer,
         new_poller: PollerFactory,
+        *,
+        changes: Changes,
     ) -> None:
         self._store = store
         self._leases = leases
         self._records = records
         self._observer = observer
         self._new_poller = new_poller
+        self._changes = changes
 
     async def logs(
         self, run: TrainingRun, *, after: str | None, tail: int | None, follow: bool
     ) -> AsyncGenerator[LogRecord, None]:
         """Yield the stored records of a run's log, then new ones."""
+        async with self._changes.of([run.id] if follow else []) as change:
+            found = self._logs(run, change, after=after, tail=tail, follow=follow)
+            async with aclosing(found) as records:
+                async for record in records:
+                    yield record
+
+    async def _logs(
+        self,
+        run: TrainingRun,
+        change: RunChange,
+        *,
+        after: str | None,
+        tail: int | None,
+        follow: bool,
+    ) -> AsyncGenerator[LogRecord, None]:
         if tail is not None:
             error = await self._brought_up_to_date(run)
             after = await to_thread.run_sync(self._store.cursor_before_last, run.id, tail)
@@ -81,7 +103,7 @@ class Following:
                 return
             run = await to_thread.run_sync(self._store.get, run.id)
             if follow:
-                await self._follow(run, backoff)
+                await self._follow(run, backoff, change)
             else:
                 await self._require_job(run)
                 await self._observer.observe(run)
@@ -118,10 +140,14 @@ class Following:
             else:
                 by_backend.setdefault(run.backend, set()).add(run.id)
         waiting = [run_id for ids in by_backend.values() for run_id in ids]
-        await run_all(partial(self._launched, run_id) for run_id in waiting)
+        await run_all(partial(self._watched_launch, run_id) for run_id in waiting)
         await run_all(
             partial(self._reached, name, ids, until, reached) for name, ids in by_backend.items()
         )
+
+    async def _watched_launch(self, run_id: str) -> None:
+        async with self._changes.of([run_id]) as change:
+            await self._launched(run_id, change)
 
     async def _stored(self, run_id: str, after: str | None) -> AsyncGenerator[LogRecord, None]:
         while True:
@@ -134,20 +160,21 @@ class Following:
                 return
             after = page[-1].cursor
 
-    async def _follow(self, run: TrainingRun, backoff: Backoff) -> None:
+    async def _follow(self, run: TrainingRun, backoff: Backoff, change: RunChange) -> None:
         """Observe a run if it is due and not being observed, else wait a moment."""
         await self._require_launch(run)
         if not await self._records.may_be_at_provider(run):
-            await self._launched(run.id)
+            await self._launched(run.id, change)
             return
         if not await self._observer.sees(run):
-            await anyio.sleep(_STORE_INTERVAL)  # the machine that can observe it updates the store
+            await change.wait(_STORE_INTERVAL)  # the machine that can observe it updates the store
             return
         shortest, longest = (await self._observer.backend_of(run.backend)).poll_interval
         now = utc_now()
         due = due_at(run, now, (shortest, min(longest, shortest * _FOLLOWED)))
         if due > now:
-            await anyio.sleep(min(max((due - now).total_seconds(), _SHORTEST), _STORE_INTERVAL))
+            rest = max((due - now).total_seconds(), _SHORTEST)
+            await change.wait(min(rest, _STORE_INTERVAL), longest=rest)
             return
         async with self._leases.try_hold(f"observe:{run.id}") as lease:
             if lease is not None:
@@ -168,6 +195,17 @@ class Following:
         reached: dict[str, TrainingRun],
     ) -> None:
         """Poll runs of one backend until none of `run_ids`, which shrinks, is waited for."""
+        async with self._changes.of(run_ids) as change:
+            await self._polled(name, run_ids, until, reached, change)
+
+    async def _polled(
+        self,
+        name: str,
+        run_ids: set[str],
+        until: Collection[TrainingStatus],
+        reached: dict[str, TrainingRun],
+        change: RunChange,
+    ) -> None:
         poller = self._new_poller(name, only=run_ids)
         backoff = Backoff(_SHORTEST, _LONGEST_TROUBLE)
         fresh = FINISHED.issuperset(until)
@@ -195,13 +233,13 @@ class Following:
                     # An unreadable response may be a proxy's error page, which is temporary.
                     if error is not None and not isinstance(error, ProtocolError):
                         await self._tolerate(run, error)
-                pause = await poller.pause(_STORE_INTERVAL)
+                pause = await poller.pause(_FARTHEST if change.can_tell else _STORE_INTERVAL)
                 backoff.reset()
             except TrainingBackendError as error:
                 for run in poller.runs.values():
                     await self._tolerate(run, error)
                 pause = backoff.next()
-            await anyio.sleep(pause)
+            await change.wait(pause, longest=pause)
             await poller.load()
 
     def _note_reached(
@@ -232,14 +270,15 @@ class Following:
             raise error
         log.warning("run cannot be observed", run_id=run.id, reason=error.message)
 
-    async def _launched(self, run_id: str) -> None:
+    async def _launched(self, run_id: str, change: RunChange) -> None:
         """Return once a run has a job or has finished."""
         while True:
             run = await to_thread.run_sync(self._store.get, run_id)
             await self._require_launch(run)
             if run.status.is_terminal or await self._records.may_be_at_provider(run):
                 return
-            await anyio.sleep(_STORE_INTERVAL)
+            # A launch that is abandoned changes nothing, so look now and then.
+            await change.wait(_STORE_INTERVAL, longest=_ABANDONED_INTERVAL)
 
     async def _require_launch(self, run: TrainingRun) -> None:
         """Require that a run's launch was not interrupted: waiting would never end."""

@@ -1,6 +1,6 @@
 """Launching, stopping and resuming runs, each launch at most once."""
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -47,12 +47,17 @@ _DATA = "data files"
 """Journal step that stores the digests of the data files at launch."""
 
 
+Localize = Callable[[TrainingRun], Awaitable[TrainingRun]]
+"""Returns a run as its backend sees it: with the paths of data that was fetched."""
+
+
 class RunRecords:
     """Updates the run store during launches."""
 
-    def __init__(self, store: RunStore, leases: Leases) -> None:
+    def __init__(self, store: RunStore, leases: Leases, localize: Localize) -> None:
         self._store = store
         self._leases = leases
+        self._localize = localize
 
     async def known(self, run_id: str) -> TrainingRun | None:
         """Return the run with exactly this id, or None."""
@@ -79,11 +84,17 @@ class RunRecords:
             lambda: [str(file["path"]) for file in known if _has_changed(file)]
         )
 
-    async def notice_known(self, run: TrainingRun, watch: LaunchWatch) -> None:
-        """Notify the user that the run already exists, and of changed data files."""
+    async def notice_known(
+        self, run: TrainingRun, watch: LaunchWatch, changed: Sequence[str] = ()
+    ) -> None:
+        """Notify the user that the run already exists, and of changed data files.
+
+        Args:
+            changed: URLs of remote data that has changed.
+        """
         if run.status.is_terminal or await self.was_launched(run):
             watch.notice(f"Run {run.id} already exists ({run.status}); nothing launched.")
-        for path in await self.changed_data(run.id):
+        for path in (*changed, *await self.changed_data(run.id)):
             watch.notice(f"Data file {path} has changed since run {run.id} was launched.")
 
     async def has_open_step(self, run_id: str) -> bool:
@@ -126,7 +137,8 @@ class RunRecords:
         journal = StoreJournal(self._store, run_id, watch, lease, leases=self._leases)
         try:
             with about("launch", run):
-                state = await start(run.model_copy(update={"failure": None}), journal)
+                seen = await self._localize(run.model_copy(update={"failure": None}))
+                state = await start(seen, journal)
         except TrainingBackendError as error:
             error.run_id = error.run_id or run_id
             await self._launch_failed(run, error)
@@ -157,7 +169,8 @@ class RunRecords:
                     other=run.id,
                 )
             try:
-                return await backend.resume(source, run, journal, checkpoint=wanted)
+                before = await self._localize(source)
+                return await backend.resume(before, run, journal, checkpoint=wanted)
             except (ConfigError, UnsupportedOperation):
                 # This checkpoint is not usable; the next attempt may choose another.
                 await to_thread.run_sync(self._store.forget, run.id, _CHECKPOINT)

@@ -20,7 +20,7 @@ from training_backends.core.backoff import Backoff
 from training_backends.core.errors import StoreError
 from training_backends.core.files import is_locked, make_private_directory
 from training_backends.core.logging import get_logger
-from training_backends.store import Lease, RunStore
+from training_backends.store.leases import Lease, LeaseTable
 
 __all__ = ["Leases"]
 
@@ -35,7 +35,7 @@ _FIRST_POLL, _LONGEST_POLL = 0.05, 0.5
 
 
 class Leases:
-    """The leases that this process holds in a shared run store.
+    """The leases that this process holds in a shared store.
 
     Each process keeps a locked file. The kernel releases the lock when the process dies, so on
     one machine a killed process blocks no other, and a suspended or slow process keeps its
@@ -45,7 +45,7 @@ class Leases:
         directory: Directory of the lock files, shared by all processes on this machine.
     """
 
-    def __init__(self, store: RunStore, directory: Path) -> None:
+    def __init__(self, store: LeaseTable, directory: Path) -> None:
         self._store = store
         self._directory = directory
         # The host name only helps people who inspect the store.
@@ -61,8 +61,10 @@ class Leases:
         """Hold a lease, waiting until it is free."""
         polls = Backoff(_FIRST_POLL, _LONGEST_POLL, factor=1.5)
         while (lease := await to_thread.run_sync(self._take, name)) is None:
-            pause = polls.next()
-            await anyio.sleep(pause)
+            await anyio.sleep(polls.next())
+            # Waiting only reads, however many wait.
+            while await to_thread.run_sync(self.is_held, name):  # noqa: ASYNC110  # a row's end
+                await anyio.sleep(polls.next())
         async with self._releasing(lease):
             yield lease
 

@@ -426,7 +426,8 @@ def _is_usable(
 ) -> bool:
     """Report whether the target can read a data source, and return it."""
     kind = next(kind for name, kind in _KINDS.items() if name in each)
-    if kind not in draft.target.capabilities.data:
+    taken = draft.target.capabilities.data
+    if kind not in taken and not (kind == "uri" and "file" in taken):
         draft.lose(place, f"{draft.target.name} does not take this kind of data")
     elif kind == "remote" and not same:
         owner = source.name if source else "the original provider"

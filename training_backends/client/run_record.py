@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.capabilities import config_issues
-from training_backends.core.config import TrainingConfig, option_issues
+from training_backends.core.config import DataSource, TrainingConfig, option_issues
 from training_backends.core.errors import (
     AuthenticationFailed,
     BackendBroken,
@@ -36,6 +36,7 @@ __all__ = [
     "new_run_record",
     "require_same",
     "unfit_fields",
+    "with_known_data",
     "with_state",
 ]
 
@@ -78,6 +79,29 @@ def new_run_record(run_id: str, backend: str, config: TrainingConfig) -> Trainin
             f"Invalid run id {run_id!r}.",
             hint="Use up to 128 letters, digits, dots, dashes and underscores.",
         ) from None
+
+
+def with_known_data(known: TrainingRun, asked: TrainingRun) -> tuple[TrainingRun, list[str]]:
+    """Return a repeated launch with the content that remote data had at the first.
+
+    Returns:
+        The run, and the URLs of data that has changed since.
+    """
+    changed: list[str] = []
+    parts: dict[str, tuple[DataSource, ...]] = {}
+    for part in ("train", "validation"):
+        first: tuple[DataSource, ...] = getattr(known.config.data, part)
+        digests = {source.uri: source.sha256 for source in first if source.uri}
+        sources: list[DataSource] = []
+        for source in getattr(asked.config.data, part):
+            digest = digests.get(source.uri, source.sha256)
+            if digest != source.sha256:
+                changed.append(str(source))
+            sources.append(source.model_copy(update={"sha256": digest}) if digest else source)
+        parts[part] = tuple(sources)
+    data = asked.config.data.model_copy(update=parts)
+    config = asked.config.model_copy(update={"data": data})
+    return asked.model_copy(update={"config": config}), changed
 
 
 def require_same(known: TrainingRun, asked: TrainingRun) -> None:

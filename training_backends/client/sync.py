@@ -19,6 +19,7 @@ from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.backend import CredentialSource, TrainingBackend
 from training_backends.core.errors import TrainingBackendError
 from training_backends.core.run import LogRecord, TrainingRun
+from training_backends.objects.settings import ObjectSettings
 
 __all__ = ["TrainingClient"]
 
@@ -162,9 +163,14 @@ class TrainingClient:
         store_url: str | None = None,
         credentials: CredentialSource | None = None,
         backends: Mapping[str, TrainingBackend] | None = None,
+        objects: ObjectSettings | None = None,
     ) -> None:
         self._client = AsyncTrainingClient(
-            home=home, store_url=store_url, credentials=credentials, backends=backends
+            home=home,
+            store_url=store_url,
+            credentials=credentials,
+            backends=backends,
+            objects=objects,
         )
         self._loop = _Loop(self._client)
         weakref.finalize(self, self._loop.stop).atexit = False
@@ -219,6 +225,8 @@ class TrainingClient:
     unpause = _blocking(AsyncTrainingClient.unpause)
     resume = _blocking(AsyncTrainingClient.resume)
     download = _blocking(AsyncTrainingClient.download)
+    push = _blocking(AsyncTrainingClient.push)
+    publish = _blocking(AsyncTrainingClient.publish)
     sample = _blocking(AsyncTrainingClient.sample)
     evaluate = _blocking(AsyncTrainingClient.evaluate)
     delete = _blocking(AsyncTrainingClient.delete)

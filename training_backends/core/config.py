@@ -84,6 +84,11 @@ class DataSource(_Model):
     remote_id: str | None = Field(
         default=None, min_length=1, description="Id of a file that the provider already has."
     )
+    sha256: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="Digest that the object at `uri` must have; recorded with each run.",
+    )
     weight: float = Field(
         default=1.0, gt=0, le=1e6, description="Sampling weight relative to the other files."
     )
@@ -106,6 +111,8 @@ class DataSource(_Model):
     def _one_place(self) -> Self:
         if sum(each is not None for each in (self.path, self.uri, self.remote_id)) != 1:
             raise ValueError("give exactly one of path, uri and remote_id")
+        if self.sha256 is not None and self.uri is None:
+            raise ValueError("sha256 is the digest of an object at a uri")
         return self
 
     @property

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 _APP = "training-backends"
-_PARTS = frozenset({"credentials", "gateway", "watch"})
+_PARTS = frozenset({"credentials", "gateway", "objects", "watch"})
 """Sections that do not belong to a backend."""
 _PREFIX = "TRAINING_BACKENDS_"
 

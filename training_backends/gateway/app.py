@@ -24,9 +24,11 @@ from training_backends.gateway.errors import (
 )
 from training_backends.gateway.gateway import Gateway
 from training_backends.gateway.metrics import GatewayMetrics
+from training_backends.gateway.read_cache import ReadCache
 from training_backends.gateway.readiness import Readiness
 from training_backends.gateway.routes import answers
 from training_backends.gateway.routes_chat import chat_router
+from training_backends.gateway.routes_console import console_router
 from training_backends.gateway.routes_files import files_router, links_router
 from training_backends.gateway.routes_jobs import jobs_router
 from training_backends.gateway.routes_models import models_router
@@ -58,6 +60,7 @@ def create_app(gateway: Gateway) -> FastAPI:
             *models_router.routes,
             *chat_router.routes,
             *openai_router.routes,
+            *(console_router.routes if gateway.settings.console else ()),
         ],
         # A redirect would point to whatever the request's Host header names.
         redirect_slashes=False,
@@ -65,10 +68,13 @@ def create_app(gateway: Gateway) -> FastAPI:
             Middleware(
                 Guard,
                 keys=gateway.keys,
+                sessions=gateway.sessions,
                 store=gateway.store,
+                versions=gateway.versions,
                 settings=gateway.settings,
                 metrics=metrics,
-            )
+            ),
+            Middleware(ReadCache),
         ],
         exception_handlers={
             HTTPProblem: _rejected,

@@ -5,7 +5,7 @@ import ipaddress
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from training_backends.core.errors import StoreError
 from training_backends.core.logging import get_logger, json_log, redact
 from training_backends.core.tracing import Span, server_span
+from training_backends.gateway.console_sessions import ConsoleSessions
 from training_backends.gateway.errors import (
     OPENAI_PREFIX,
     HTTPProblem,
@@ -33,15 +34,18 @@ from training_backends.gateway.metrics import GatewayMetrics
 from training_backends.gateway.projects import RateLimiter
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore
+from training_backends.store.version import StoreVersion
 
 __all__ = ["METRICS", "Guard"]
 
 log = get_logger()
 
 METRICS = "/metrics"
-_NEEDS_NO_KEY = frozenset({"/health", "/healthz", "/readyz"})
+_NEEDS_NO_KEY = frozenset({"/health", "/healthz", "/readyz", "/", "/console/session"})
+"""`/console/session` signs in, and answers who has signed in."""
 _LINKS = "/files/"
 """Signed URLs, which authenticate themselves."""
+_ASSETS = "/console/assets/"
 _CHATS = "/chat/completions"
 """End of the routes that change nothing, although they are POST requests."""
 _UPLOADS = re.compile(rf"/v1/files|{OPENAI_PREFIX}/files|{OPENAI_PREFIX}/uploads/[^/]+/parts")
@@ -62,14 +66,19 @@ class Guard:
     def __init__(
         self,
         app: ASGIApp,
+        *,
         keys: KeyStore,
+        sessions: ConsoleSessions,
         store: GatewayStore,
+        versions: StoreVersion,
         settings: GatewaySettings,
         metrics: GatewayMetrics,
     ) -> None:
         self._app = app
         self._keys = keys
+        self._sessions = sessions
         self._store = store
+        self._versions = versions
         self._metrics = metrics
         self._metrics_token = settings.metrics_token
         self._access_log = json_log() if settings.access_log else log
@@ -122,10 +131,13 @@ class Guard:
         answer: "_Answer",
     ) -> None:
         path = scope["path"]
-        admit = partial(self._admit, path, scope["method"], headers.get(b"authorization", b""))
-        if path not in _NEEDS_NO_KEY and not path.startswith(_LINKS):
+        admit = partial(self._admit, path, scope["method"], headers)
+        if path not in _NEEDS_NO_KEY and not path.startswith((_LINKS, _ASSETS)):
+            version = None
+            if scope["method"] in _READS:
+                version = scope["state"]["version"] = await self._versions.current()
             try:
-                caller = await admit()
+                caller = await admit(version)
                 self._rates.check(caller)
                 scope["state"]["caller"] = replace(
                     caller, address=scope["state"]["address"], request_id=answer.request_id
@@ -177,14 +189,27 @@ class Guard:
         except StoreError as error:
             log.error("failed request not in the audit log", reason=error.message)  # noqa: TRY400
 
-    async def _admit(self, path: str, method: str, authorization: bytes) -> Principal:
-        scheme, _, key = authorization.decode("latin-1").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
-            raise unauthorized()
-        if path == METRICS and self._opens_metrics(key.strip()):
-            return Principal("metrics", "")
-        check = partial(self._keys.admit, key.strip(), writes=method not in _READS)
-        caller = await to_thread.run_sync(check)
+    async def _admit(
+        self,
+        path: str,
+        method: str,
+        headers: Mapping[bytes, bytes],
+        version: Hashable = None,
+    ) -> Principal:
+        authorization = headers.get(b"authorization", b"")
+        caller = None if authorization else await self._sessions.admit_request(method, headers)
+        if caller is None:
+            scheme, _, key = authorization.decode("latin-1").partition(" ")
+            if scheme.lower() != "bearer" or not key.strip():
+                raise unauthorized()
+            if path == METRICS and self._opens_metrics(key.strip()):
+                return Principal("metrics", "")
+            if version is not None:
+                caller = self._keys.recall(key.strip(), version)
+        if caller is None:
+            writes = method not in _READS
+            check = partial(self._keys.admit, key.strip(), writes=writes, version=version)
+            caller = await to_thread.run_sync(check)
         if path == METRICS and not caller.admin:
             raise plain(403, "This needs an API key of scope admin, or gateway.metrics_token.")
         return caller

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -19,7 +20,6 @@ from pydantic import BaseModel, Field, SecretStr
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.backends.local.interpreter import THIS_INTERPRETER, Interpreter
 from training_backends.backends.local.validate import find_directory
-from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.config import TINY_MODEL
 from training_backends.core.errors import (
@@ -33,17 +33,24 @@ from training_backends.core.errors import (
 from training_backends.core.files import make_private_directory
 from training_backends.core.logging import get_logger
 from training_backends.gateway.catalogue import Catalogue, Offer
-from training_backends.gateway.checkpoint_models import CheckpointModels, job_of_key
+from training_backends.gateway.checkpoint_models import (
+    CheckpointModel,
+    CheckpointModels,
+    job_of_key,
+)
+from training_backends.gateway.external import ExternalServer, Find, Merge, Seen
 from training_backends.gateway.inference import InferenceServers, can_serve, inference_policy
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore
+from training_backends.gateway.weights import WeightService
 from training_backends.http.client import HttpClient
 from training_backends.http.urls import normalize_base_url
 from training_backends.rundir.handover import safe_environment
 from training_backends.store.gateway_schema import jobs, models
 
 __all__ = [
+    "Abilities",
     "ChatProblem",
     "ChatRequest",
     "ChatService",
@@ -177,6 +184,44 @@ def _for_transformers(body: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abilities:
+    """Which models could answer at some moment.
+
+    Attributes:
+        runs: Directory of the runs whose models can be loaded, if there is a server for them.
+        seen: What the server in the settings has, if there is one.
+    """
+
+    runs: Path | None = None
+    seen: Seen | None = None
+
+    def has(self, offer: Offer) -> bool:
+        """Return whether a base model can answer. Blocking."""
+        if self.seen is not None:
+            return self._is_there(offer.target)
+        if self.runs is None:
+            return False
+        return offer.target == TINY_MODEL or find_directory(offer.target) is not None
+
+    def has_result(self, job_id: str, name: str) -> bool:
+        """Return whether a fine-tuned model can answer. Blocking."""
+        weights = self.runs / job_id / "result" if self.runs else None
+        if self.seen is None:
+            return weights is not None and weights.is_dir()
+        adapter = weights / "adapter_config.json" if weights and self.seen.loads else None
+        return self._is_there(name) or (adapter is not None and adapter.exists())
+
+    def has_checkpoint(self, name: str) -> bool:
+        """Return whether a checkpoint can answer; it is written when it is first asked."""
+        return self._is_there(name) if self.seen is not None else self.runs is not None
+
+    def _is_there(self, name: str) -> bool:
+        if self.seen is None or self.seen.failure is not None:
+            return False
+        return self.seen.names is None or name in self.seen.names
+
+
 class ChatService:
     """Finds the inference server of a model.
 
@@ -188,34 +233,37 @@ class ChatService:
     def __init__(
         self,
         store: GatewayStore,
-        client: AsyncTrainingClient,
         tasks: TaskGroup,
         checkpoints: CheckpointModels,
         *,
         interpreter: Interpreter | None,
         catalogue: Catalogue,
+        weights: WeightService,
         settings: GatewaySettings,
         root: Path,
     ) -> None:
         self._store = store
-        self._client = client
         self._checkpoints = checkpoints
         self._catalogue = catalogue
+        self._weights = weights
         self._timeout = settings.inference_timeout
         self._limit = settings.inference_requests
         self._open = 0
         self._merges = root / "inference" / "models"
         self._preparing: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
         policy = inference_policy(self._timeout, self._limit)
-        self._external: HttpClient | None = None
+        self._external: ExternalServer | None = None
         self._servers: InferenceServers | None = None
+        self._runs = root / "runs"
         self._interpreter = interpreter or THIS_INTERPRETER
         if settings.inference_url is not None:
             key = settings.inference_api_key
-            self._external = HttpClient(
-                normalize_base_url(settings.inference_url),
-                key=_source(key) if key else None,
-                policy=policy,
+            self._external = ExternalServer(
+                HttpClient(
+                    normalize_base_url(settings.inference_url),
+                    key=_source(key) if key else None,
+                    policy=policy,
+                )
             )
         elif interpreter is not None:
             self._servers = InferenceServers(
@@ -238,11 +286,11 @@ class ChatService:
         if self._external is not None:
             await self._external.aclose()
 
-    def has(self, offer: Offer) -> bool:
-        """Return whether a base model can answer now. Blocking."""
-        if self._servers is None or offer.target == TINY_MODEL:
-            return self.is_available
-        return find_directory(offer.target) is not None
+    async def abilities(self) -> "Abilities":
+        """Return which models can answer now."""
+        if self._external is not None:
+            return Abilities(runs=self._runs, seen=await self._external.look())
+        return Abilities(runs=self._runs if self._servers is not None else None)
 
     @asynccontextmanager
     async def asking(self, name: str, caller: Principal) -> AsyncIterator[InferenceModel]:
@@ -267,6 +315,8 @@ class ChatService:
                 503, f"The model did not answer within {self._timeout:g} s."
             ) from None
         except TrainingBackendError as error:
+            if self._external is not None:
+                self._external.doubt()
             raise _problem(error) from error
         finally:
             self._open -= 1
@@ -287,20 +337,24 @@ class ChatService:
                 "training-backends[serving], or set TRAINING_BACKENDS_GATEWAY__INFERENCE_URL.",
                 code="model_not_found",
             )
+        if checkpoint is not None:
+            find: Find = partial(self._checkpoints.path, checkpoint)
+            complete: Merge = partial(self._checkpoint, checkpoint)
+        else:
+            find = partial(self._weights.directory, str(job_id))
+            complete = partial(self._result, str(job_id), name)
         if self._external is not None:
-            target = offer.target if offer else name
-            yield InferenceModel(client=self._external, name=target, is_embedded=False)
+            there = self._external
+            target = offer.target if offer else await there.name_of(name, find, complete)
+            yield InferenceModel(client=there.client, name=target, is_embedded=False)
             return
         assert self._servers is not None  # noqa: S101  # it is available
-        if offer:
-            directory = await self._base(offer)
-        elif checkpoint:
-            path = await self._checkpoints.path(checkpoint)
-            directory = await self._plain(path, checkpoint.key)
-        else:
-            directory = await self._result(str(job_id), name)
+        directory = await (self._base(offer) if offer else complete())
         async with self._servers.using(directory) as client:
             yield InferenceModel(client=client, name=".", is_embedded=True)
+
+    async def _checkpoint(self, checkpoint: CheckpointModel) -> Path:
+        return await self._plain(await self._checkpoints.path(checkpoint), checkpoint.key)
 
     async def _base(self, offer: Offer) -> Path:
         if offer.target == TINY_MODEL:
@@ -317,12 +371,8 @@ class ChatService:
         return await self._plain(directory, f"base-{sha256(bytes(directory)).hexdigest()[:16]}")
 
     async def _result(self, job_id: str, name: str) -> Path:
-        try:
-            run = await self._client.get(job_id)
-        except RunNotFound:
-            run = None
-        path = Path(run.result_model) if run is not None and run.result_model else None
-        if path is None or not await anyio.Path(path).is_dir():
+        path = await self._weights.directory(job_id)
+        if path is None:
             raise ChatProblem(
                 404,
                 f"The weights of {name!r} are not on the machine of this gateway.",
@@ -343,32 +393,27 @@ class ChatService:
             if await anyio.Path(target).is_dir():
                 return target
             await to_thread.run_sync(make_private_directory, self._merges)
-            partial = self._merges / f".{uuid4()}"
+            partly = self._merges / f".{uuid4()}"
             try:
-                await _merge(model, partial, self._interpreter)
-                await anyio.Path(partial).rename(target)
+                await _merge(model, partly, self._interpreter)
+                await anyio.Path(partly).rename(target)
             finally:
                 with anyio.CancelScope(shield=True):
-                    await to_thread.run_sync(_remove, partial)
+                    await to_thread.run_sync(_remove, partly)
         return target
 
-    async def forget(self, job_id: str) -> None:
+    async def forget(self, job_id: str, name: str) -> None:
         """Stop the server of a fine-tuned model that is deleted, and remove its weights."""
-        if self._servers is None:
-            return
         paths = await to_thread.run_sync(lambda: [*self._merges.glob(f"{job_id}*")])
-        for directory in [*paths, *await self._directories(job_id)]:
-            await self._servers.stop(directory)
+        if self._external is not None:
+            await self._external.forget(name)
+        if self._servers is not None:
+            weights = await self._weights.directory(job_id)
+            written = await self._checkpoints.paths(job_id)
+            for directory in (*paths, *written, *([weights] if weights else [])):
+                await self._servers.stop(directory)
         for merged in paths:
             await to_thread.run_sync(_remove, merged)
-
-    async def _directories(self, job_id: str) -> list[Path]:
-        written = await self._checkpoints.paths(job_id)
-        try:
-            run = await self._client.get(job_id)
-        except TrainingBackendError:
-            return written
-        return [*written, Path(run.result_model)] if run.result_model else written
 
     async def sweep(self) -> None:
         """Remove incomplete merges, those of deleted models, and those of base models."""

@@ -7,6 +7,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from training_backends.core.errors import (
+    BackendUnavailable,
     ConfigError,
     DatasetError,
     StoreError,
@@ -17,6 +18,7 @@ from training_backends.protocols.openai.errors import ErrorAnswer, invalid_key
 
 __all__ = [
     "OPENAI_PREFIX",
+    "FileStorageUnavailable",
     "HTTPProblem",
     "failure_answer",
     "field_errors",
@@ -57,6 +59,10 @@ _SHORTAGES: Final = frozenset(
 """Errors of a system short of resources, or of a failing disk."""
 
 _OPENAI_CODES: Final = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
+
+
+class FileStorageUnavailable(BackendUnavailable):
+    """The object store with the uploaded files cannot be used."""
 
 
 class HTTPProblem(Exception):
@@ -126,8 +132,15 @@ def failure_answer(
     body = {"message": "Internal server error", "request_id": request_id}
     if not is_temporary(error):
         return 500, body, {}
-    body["message"] = "The gateway is temporarily unavailable."
+    what = "file storage" if _is_about_files(error) else "gateway"
+    body["message"] = f"The {what} is temporarily unavailable; try again."
     return 503, body, {"retry-after": _RETRY_AFTER}
+
+
+def _is_about_files(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return any(map(_is_about_files, error.exceptions))
+    return isinstance(error, FileStorageUnavailable)
 
 
 def is_temporary(error: BaseException) -> bool:

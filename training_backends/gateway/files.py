@@ -3,9 +3,18 @@
 import errno
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
@@ -14,15 +23,22 @@ import anyio
 import sqlalchemy as sa
 from anyio import to_thread
 from pydantic import ValidationError
+from starlette.responses import Response
 
-from training_backends.core.config import TrainingConfig
+from training_backends.core.config import DataSource, TrainingConfig
 from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.logging import get_logger
 from training_backends.gateway.errors import HTTPProblem, invalid, misfit, not_found, plain
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.projects import check_bytes
 from training_backends.gateway.repetition import Repetition
-from training_backends.gateway.store import GatewayStore, page_of, present
+from training_backends.gateway.store import (
+    COUNTED_AHEAD,
+    GatewayStore,
+    page_at,
+    page_of,
+    present,
+)
 from training_backends.gateway.uploads import (
     FORM_OVERHEAD,
     BlobStore,
@@ -47,7 +63,7 @@ from training_backends.protocols.mistral.wire import (
 )
 from training_backends.protocols.openai.requests import ExpiresAfterIn
 from training_backends.protocols.openai.wire import FILE_PURPOSES as OPENAI_PURPOSES
-from training_backends.store.gateway_schema import files, jobs
+from training_backends.store.gateway_schema import IS_OPEN, files, jobs
 
 __all__ = [
     "OPENAI_UPLOAD",
@@ -107,35 +123,65 @@ class StoredFile:
     filename: str
     purpose: str
     sha256: str
-    path: Path
+    source: DataSource
+
+
+Exclusive = Callable[[str], AbstractAsyncContextManager[object]]
+"""Excludes all other gateways from a block, by the name of what it changes."""
 
 
 class FileService:
-    """Receives, lists, serves and deletes files."""
+    """Receives, lists, serves and deletes files.
+
+    Args:
+        exclusive: For blobs that other gateways share.
+    """
 
     def __init__(
-        self, store: GatewayStore, blobs: BlobStore, *, limit: int, pace: MinimumSpeed
+        self,
+        store: GatewayStore,
+        blobs: BlobStore,
+        *,
+        limit: int,
+        pace: MinimumSpeed,
+        exclusive: Exclusive,
     ) -> None:
         self._store = store
         self._blobs = blobs
         self._limit = limit
         self._pace = pace
-        # A blob and the row that refers to it change together.
+        self._exclusive = exclusive
         self._lock = anyio.Lock()
 
     async def open(self) -> None:
         """Create the directories and clean up after a crash."""
-        known = await self._store.aread(_known)
         await to_thread.run_sync(self._blobs.prepare)
-        await to_thread.run_sync(self._blobs.collect, known)
+        if not self._blobs.is_shared:
+            await self.collect_leftovers()
 
     def check(self) -> None:
-        """Check that files can be stored. Blocking.
+        """Check that files can be read. Blocking.
 
         Raises:
-            OSError: They cannot.
+            FileStorageUnavailable: The object store cannot be used.
+            OSError: The directory cannot be read.
         """
-        self._blobs.free()
+        self._blobs.check()
+
+    async def collect_leftovers(self) -> None:
+        """Remove what crashes of gateways left behind."""
+        known = await self._store.aread(_known)
+        await to_thread.run_sync(self._blobs.collect, known)
+
+    @asynccontextmanager
+    async def _alone(self, sha256: str) -> AsyncGenerator[None, None]:
+        """Change a blob together with the rows that refer to it."""
+        if self._blobs.is_shared:
+            async with self._exclusive(f"blob:{sha256}"):
+                yield
+        else:
+            async with self._lock:
+                yield
 
     async def upload(
         self,
@@ -233,7 +279,7 @@ class FileService:
                 also(connection, found.id)
             return found
 
-        async with self._lock:
+        async with self._alone(incoming.sha256):
             await to_thread.run_sync(self._blobs.keep, incoming)
             return UploadFileOut(**_wire(await self._store.awrite(work)))
 
@@ -246,21 +292,26 @@ class FileService:
         page_size: int,
         include_total: bool,
     ) -> ListFilesOut:
-        """Return one page of files, newest first."""
+        """Return one page of files, newest first.
+
+        The total counts at most `COUNTED_AHEAD` files after the page.
+        """
         mine = caller.sees(files.c.project), files.c.purpose != RESULTS_PURPOSE
         conditions = [*present(), *mine, *_conditions(filters)]
-        query = (
-            sa.select(files)
-            .where(*conditions)
-            .order_by(files.c.created_at.desc(), files.c.id)
-            .limit(page_size)
-            .offset(page * page_size)
-        )
-        counting = sa.select(sa.func.count()).select_from(files).where(*conditions)
+        order = files.c.created_at.desc(), files.c.id.desc()
+        skip = page * page_size
+        found = sa.select(files.c.id).where(*conditions).order_by(*order)
+        ahead = found.limit(skip + page_size + COUNTED_AHEAD).subquery()
 
         def work(connection: sa.Connection) -> ListFilesOut:
-            data = [FileSchema(**_wire(row)) for row in connection.execute(query)]
-            total = connection.execute(counting).scalar_one() if include_total else None
+            total = None
+            if include_total:
+                counting = sa.select(sa.func.count()).select_from(ahead)
+                total = connection.execute(counting).scalar_one()
+            rows = page_at(
+                connection, files, [*files.c], conditions, order, skip=skip, size=page_size
+            )
+            data = [FileSchema(**_wire(row)) for row in rows]
             return ListFilesOut(data=data, total=total)
 
         return await self._store.aread(work)
@@ -329,7 +380,7 @@ class FileService:
             connection.execute(gone)
             caller.record(connection, "file.delete", file_id)
 
-        async with self._lock:
+        async with self._alone(row.sha256):
             await self._store.awrite(work)
         await self.collect([row.sha256])
         return DeleteFileOut(id=file_id)
@@ -340,15 +391,17 @@ class FileService:
             await anyio.sleep(SWEEP_EVERY)
             try:
                 await self.collect(await self._store.awrite(_delete_expired))
+                if self._blobs.is_shared:
+                    await self.collect_leftovers()
             except Exception:  # must not stop the gateway
                 log.exception("expired files not removed")
 
     async def collect(self, digests: Sequence[str]) -> None:
         """Remove those of the given blobs that nothing refers to."""
-        async with self._lock:
-            needed = await self._store.aread(_needed)
-            for digest in set(digests) - needed:
-                await to_thread.run_sync(self._blobs.remove, digest)
+        for digest in set(digests):
+            async with self._alone(digest):
+                if digest not in await self._store.aread(partial(_needed, digests={digest})):
+                    await to_thread.run_sync(self._blobs.remove, digest)
 
     async def add(
         self,
@@ -391,13 +444,30 @@ class FileService:
             await to_thread.run_sync(incoming.write, content)
             await to_thread.run_sync(incoming.finish)
             row["sha256"] = incoming.sha256
-            async with self._lock:
+            async with self._alone(incoming.sha256):
                 await to_thread.run_sync(self._blobs.keep, incoming)
                 await self._store.awrite(work)
 
     def _stored(self, row: Any) -> StoredFile:
-        path = self._blobs.path(row.sha256)
-        return StoredFile(row.id, row.filename, row.purpose, row.sha256, path)
+        source = self._blobs.source(row.sha256)
+        return StoredFile(row.id, row.filename, row.purpose, row.sha256, source)
+
+    async def content(self, file: StoredFile, headers: Mapping[str, str]) -> Response:
+        """Return the response with a file's content.
+
+        Args:
+            headers: Those of the request, which may ask for a range.
+        """
+        response = await self._blobs.response(file.sha256, file.filename, headers)
+        if response is None:
+            raise not_found("file")
+        return response
+
+    async def signed_url(self, file: StoredFile, hours: int) -> str | None:
+        """Return a URL of the object store for a file; None: the gateway has to make one."""
+        return await to_thread.run_sync(
+            partial(self._blobs.sign, file.sha256, seconds=hours * 3600, filename=file.filename)
+        )
 
     async def names(self, job: Any) -> dict[str, str]:
         """Return the names of a job's files, including deleted ones, and of its model, by path.
@@ -410,8 +480,8 @@ class FileService:
         rows = sorted(rows, key=lambda row: ids.index(row.id))
         names = names_by_path(self._stored(row) for row in rows)
         for row in rows:
-            for path in await to_thread.run_sync(self._blobs.conversions, row.sha256):
-                names[str(path)] = names[str(self._blobs.path(row.sha256))]
+            for place in await to_thread.run_sync(self._blobs.conversions, row.sha256):
+                names[place] = names[str(self._blobs.source(row.sha256))]
         return names | tuned_path(job.model, TrainingConfig.model_validate_json(job.config))
 
     async def converted(
@@ -428,9 +498,7 @@ class FileService:
         def work() -> TrainingConfig:
             parts = {
                 name: tuple(
-                    source.model_copy(
-                        update={"path": self._blobs.convert(source.local_path, provider_format)}
-                    )
+                    self._blobs.convert(source, provider_format)
                     for source in getattr(config.data, name)
                 )
                 for name in ("train", "validation")
@@ -472,7 +540,7 @@ def names_by_path(found: Iterable[StoredFile]) -> dict[str, str]:
     """Return the names of files by path; files with the same content share a path."""
     names: dict[str, dict[str, None]] = {}
     for file in found:
-        names.setdefault(str(file.path), {})[file.filename] = None
+        names.setdefault(str(file.source), {})[file.filename] = None
     return {path: " / ".join(shared) for path, shared in names.items()}
 
 
@@ -583,10 +651,19 @@ def _delete_expired(connection: sa.Connection) -> Sequence[str]:
     return digests
 
 
-def _needed(connection: sa.Connection) -> set[str]:
-    """Return the digests that an existing file or an unfinished job refers to."""
-    found = set(connection.execute(sa.select(files.c.sha256).where(*present())).scalars())
-    for blobs in connection.execute(sa.select(jobs.c.blobs).where(jobs.c.status.not_in(ENDED))):
+def _needed(connection: sa.Connection, digests: Collection[str] | None = None) -> set[str]:
+    """Return the digests that an existing file or an unfinished job refers to.
+
+    Args:
+        digests: Look for these only; None: all.
+    """
+    query = sa.select(files.c.sha256).where(*present())
+    if digests is not None:
+        query = query.where(files.c.sha256.in_(digests))
+    found = set(connection.execute(query).scalars())
+    for blobs in connection.execute(
+        sa.select(jobs.c.blobs).where(IS_OPEN, jobs.c.status.not_in(ENDED))
+    ):
         found.update(blobs[0])
     return found
 

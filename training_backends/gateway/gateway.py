@@ -8,8 +8,11 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Final
+from urllib.parse import unquote, urlsplit
 
 import anyio
 import sqlalchemy as sa
@@ -17,38 +20,54 @@ from anyio import to_thread
 from anyio.abc import TaskGroup
 
 from training_backends.client.client import AsyncTrainingClient
+from training_backends.client.leases import Leases
 from training_backends.core.backend import TrainingBackend
 from training_backends.core.errors import StoreError
 from training_backends.core.files import make_private_directory, write_atomic
 from training_backends.core.run import utc_now
+from training_backends.core.settings import load_settings
 from training_backends.credentials.vault import CredentialVault
 from training_backends.gateway.audit import AuditLog
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.chat import ChatService, find_interpreter
 from training_backends.gateway.checkpoint_models import CheckpointModels
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
+from training_backends.gateway.console_data import DataLook
+from training_backends.gateway.console_feed import ConsoleFeed
+from training_backends.gateway.console_sessions import ConsoleSessions
 from training_backends.gateway.files import FileService
 from training_backends.gateway.jobs import JobService
 from training_backends.gateway.keys import KeyStore
 from training_backends.gateway.legacy_store import import_legacy_locked
 from training_backends.gateway.models import ModelService
+from training_backends.gateway.object_blobs import ObjectBlobStore
 from training_backends.gateway.part_uploads import PartUploads
 from training_backends.gateway.result_files import ResultFiles
 from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
-from training_backends.gateway.store import GatewayStore, database_url, lock_home
+from training_backends.gateway.store import GatewayStore, database_url, lock_home, shares_home
 from training_backends.gateway.uploads import BlobStore, MinimumSpeed
 from training_backends.gateway.webhooks import Webhooks
-from training_backends.protocols.openai.webhooks import signing_key
-from training_backends.store.gateway_schema import keys
+from training_backends.gateway.weights import WeightService
+from training_backends.http.webhook import signing_key
+from training_backends.objects.cache import ObjectCache, objects_directory
+from training_backends.objects.settings import ObjectSettings
+from training_backends.objects.store import ObjectStore, is_object_url, scheme_of
+from training_backends.store import gateway_schema
+from training_backends.store.version import StoreVersion
 
-__all__ = ["Gateway", "LinkSigner", "beside", "load_secret", "open_gateway"]
+__all__ = ["Gateway", "LinkSigner", "beside", "load_secret", "open_blobs", "open_gateway"]
 
 _SECRET_BYTES = 32
+_CREATING: Final = timedelta(minutes=5)
+"""Within this time, the key of a job's integration and the job itself are stored."""
 
 
 def load_secret(path: Path) -> bytes:
-    """Return the gateway's signing secret, created on first use with mode 0600."""
+    """Return the gateway's signing secret, created on first use with mode 0600.
+
+    The lock of the home must be held: gateways that share it start one after the other.
+    """
     try:
         known = path.read_bytes()
     except FileNotFoundError:
@@ -117,15 +136,21 @@ class Gateway:
     public_url: str
     backend: str
     store: GatewayStore
+    versions: StoreVersion
     client: AsyncTrainingClient
     keys: KeyStore
     files: FileService
     uploads: PartUploads
     jobs: JobService
     models: ModelService
+    weights: WeightService
     checkpoints: CheckpointModels
     chat: ChatService
     links: LinkSigner
+    catalogue: Catalogue
+    sessions: ConsoleSessions
+    feed: ConsoleFeed
+    data: DataLook
 
     async def check(self) -> None:
         """Check that the database can be read.
@@ -141,7 +166,9 @@ class Gateway:
         Raises:
             StoreError: The database cannot be used.
         """
-        self.store.read(lambda connection: connection.execute(sa.select(keys.c.id).limit(1)))
+        self.store.read(
+            lambda connection: connection.execute(sa.select(gateway_schema.keys.c.id).limit(1))
+        )
 
 
 @asynccontextmanager
@@ -173,20 +200,35 @@ async def open_gateway(
     root = (home / "gateway").expanduser().absolute()
     vault = vault or CredentialVault(home=root)
     async with AsyncExitStack() as stack:
-        stack.callback(os.close, await to_thread.run_sync(lock_home, root))
+        shared = shares_home(settings.store_url)
+        lock = await to_thread.run_sync(partial(lock_home, root, shared=shared))
+        stack.callback(os.close, lock.descriptor)
         catalogue = await to_thread.run_sync(Catalogue.load, settings.catalogue)
         links = LinkSigner(await to_thread.run_sync(load_secret, root / "secret"))
         store, client = await _open_database(stack, settings, root, vault, backends)
+        versions = StoreVersion(database_url(root, settings.store_url))
+        stack.push_async_callback(versions.aclose)
         found = await to_thread.run_sync(client.backend, backend)
         catalogue.check_options(found.options_model)
-        blobs = blobs or BlobStore(root)
+        if blobs is None:
+            blobs = await to_thread.run_sync(open_blobs, settings, root)
         pace = MinimumSpeed(silence=settings.upload_timeout, rate=settings.min_upload_rate)
-        files = FileService(store, blobs, limit=settings.max_upload_bytes, pace=pace)
-        await files.open()
+        files = FileService(
+            store,
+            blobs,
+            limit=settings.max_upload_bytes,
+            pace=pace,
+            exclusive=client.exclusive,
+        )
         uploads = PartUploads(store, files, blobs, limit=settings.max_parts_bytes, pace=pace)
-        await uploads.open()
+        if lock.alone:
+            await files.open()
+            await uploads.open()
         tasks = await stack.enter_async_context(beside())
         stack.callback(tasks.cancel_scope.cancel)
+        weights = WeightService(store, client, backend=backend, catalogue=catalogue, root=root)
+        if lock.alone:
+            await weights.sweep()
         interpreter = None
         if settings.inference_url is None:
             interpreter = await to_thread.run_sync(find_interpreter, found)
@@ -196,19 +238,27 @@ async def open_gateway(
             organization_id=settings.organization_id,
             directory=root / "checkpoints",
         )
-        await checkpoints.sweep()
+        if lock.alone:
+            await checkpoints.sweep()
         chat = ChatService(
             store,
-            client,
             tasks,
             checkpoints,
             interpreter=interpreter,
             catalogue=catalogue,
+            weights=weights,
             settings=settings,
             root=root,
         )
         stack.push_async_callback(chat.aclose)
-        await chat.sweep()
+        if lock.alone:
+            await chat.sweep()
+        if shared:
+            lock.settle()
+        public_url = str(settings.public_url or url).rstrip("/")
+        keys = KeyStore(store, settings.api_key)
+        feed = ConsoleFeed(store)
+        tasks.start_soon(feed.run)
         tasks.start_soon(uploads.sweep)
         models = ModelService(
             store,
@@ -217,17 +267,19 @@ async def open_gateway(
             catalogue=catalogue,
             organization_id=settings.organization_id,
             opened_at=time.time(),
+            weights=weights,
             chat=chat,
             checkpoints=checkpoints,
         )
         yield Gateway(
             settings=settings,
             home=root,
-            public_url=str(settings.public_url or url).rstrip("/"),
+            public_url=public_url,
             backend=backend,
             store=store,
+            versions=versions,
             client=client,
-            keys=KeyStore(store, settings.api_key),
+            keys=keys,
             files=files,
             uploads=uploads,
             jobs=await _start_jobs(
@@ -243,10 +295,40 @@ async def open_gateway(
                 settings=settings,
             ),
             models=models,
+            weights=weights,
             checkpoints=checkpoints,
             chat=chat,
             links=links,
+            catalogue=catalogue,
+            sessions=ConsoleSessions(store, keys, public_url=public_url),
+            feed=feed,
+            data=DataLook(root / "cache" / "data", blobs),
         )
+
+
+def object_settings(settings: GatewaySettings) -> ObjectSettings:
+    """Return how the client of a gateway reads objects: the uploaded files too."""
+    found = load_settings(ObjectSettings)
+    if not settings.blob_options or not is_object_url(settings.blobs or ""):
+        return found
+    scheme = scheme_of(str(settings.blobs))
+    return found.model_copy(update={"options": {**found.options, scheme: settings.blob_options}})
+
+
+def open_blobs(settings: GatewaySettings, root: Path) -> BlobStore:
+    """Return the storage of uploaded files that the settings choose. Blocking.
+
+    Raises:
+        ConfigError: The URL or an option is invalid.
+        BackendNotInstalled: The package of the store is not installed.
+    """
+    url = settings.blobs
+    if url is None:
+        return BlobStore(root)
+    if not is_object_url(url):
+        return BlobStore(Path(unquote(urlsplit(url).path)), is_shared=True)
+    options = object_settings(settings).options.get(scheme_of(url))
+    return ObjectBlobStore(ObjectStore(url, options), root, ObjectCache(objects_directory(root)))
 
 
 async def _open_database(
@@ -259,7 +341,12 @@ async def _open_database(
     """Open the gateway's tables, and the client of the runs in the same database."""
     url = database_url(root, settings.store_url)
     make_client = partial(
-        AsyncTrainingClient, home=root, store_url=url, credentials=vault, backends=backends
+        AsyncTrainingClient,
+        home=root,
+        store_url=url,
+        credentials=vault,
+        backends=backends,
+        objects=await to_thread.run_sync(object_settings, settings),
     )
     client = await stack.enter_async_context(await to_thread.run_sync(make_client))
     await _check_run_store(client, root)
@@ -303,6 +390,10 @@ async def _start_jobs(
     tasks = await stack.enter_async_context(beside())
     stack.callback(tasks.cancel_scope.cancel)
     ending = JobEnding(files, secrets, webhooks)
+    leases = None
+    if shares_home(settings.store_url):
+        leases = Leases(store, client.home / "leases")
+        stack.push_async_callback(to_thread.run_sync, leases.close)
     runner = JobRunner(
         store,
         client,
@@ -312,13 +403,16 @@ async def _start_jobs(
         max_steps=settings.max_training_steps,
         results=ResultFiles(store, files, settings.openai_result_csv),
         on_end=ending,
+        leases=leases,
     )
     await runner.start()
     tasks.start_soon(files.sweep)
     tasks.start_soon(AuditLog(store).sweep, settings.audit_days)
     if webhooks is not None:
-        tasks.start_soon(webhooks.run)
-    tasks.start_soon(partial(ending.forget_orphans, store, before=utc_now()))
+        tasks.start_soon(webhooks.run, leases)
+    # Another gateway may be creating a job at this moment.
+    patience = timedelta(0) if leases is None else _CREATING
+    tasks.start_soon(partial(ending.forget_orphans, store, before=utc_now() - patience))
     return JobService(
         store,
         client,

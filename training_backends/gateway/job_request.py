@@ -142,8 +142,8 @@ def check_declared(job: CheckedJob, capabilities: Capabilities, places: Mapping[
         places: Fields of a request by those of a configuration, where they differ.
     """
     names = (*(file["file_id"] for file in job.training_files), *job.validation_files)
-    paths = {name: Path(name) for name in names}
-    config = make_config(job, paths, str(UUID(int=0)), {}, capabilities)
+    sources = {name: DataSource(path=Path(name)) for name in names}
+    config = make_config(job, sources, str(UUID(int=0)), {}, capabilities)
     for issue in config_issues(config, capabilities, "this gateway's backend"):
         name = issue.field or ""
         for ours, theirs in places.items():
@@ -154,7 +154,7 @@ def check_declared(job: CheckedJob, capabilities: Capabilities, places: Mapping[
 
 def make_config(
     job: CheckedJob,
-    paths: Mapping[str, Path],
+    sources: Mapping[str, DataSource],
     job_id: str,
     options: Mapping[str, Any],
     capabilities: Capabilities,
@@ -164,17 +164,17 @@ def make_config(
     The gateway itself names the model, so the suffix is only for a backend that uses it as well.
 
     Args:
-        paths: The files by the ids in the request.
+        sources: The files by the ids in the request.
     """
     return TrainingConfig(
         model=job.offer.target,
         method=job.method,
         data=Data(
             train=tuple(
-                DataSource(path=paths[file["file_id"]], weight=file["weight"])
+                sources[file["file_id"]].model_copy(update={"weight": file["weight"]})
                 for file in job.training_files
             ),
-            validation=tuple(DataSource(path=paths[name]) for name in job.validation_files),
+            validation=tuple(sources[name] for name in job.validation_files),
         ),
         hyperparameters=Hyperparameters(**job.hyperparameters),
         suffix=job.suffix if capabilities.suffix else None,

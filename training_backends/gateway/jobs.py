@@ -1,9 +1,10 @@
 """Create, list, retrieve, start and cancel jobs for clients."""
 
+import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
@@ -44,7 +45,7 @@ from training_backends.gateway.projects import check_job_limits
 from training_backends.gateway.repetition import Repetition
 from training_backends.gateway.runner import JobRunner
 from training_backends.gateway.settings import GatewaySettings
-from training_backends.gateway.store import GatewayStore
+from training_backends.gateway.store import COUNTED_AHEAD, GatewayStore, page_at
 from training_backends.protocols.mistral.status import ENDED, UNSTARTED
 from training_backends.protocols.mistral.wire import JobIn, JobsOut, LegacyJobMetadataOut
 from training_backends.protocols.openai.errors import (
@@ -54,7 +55,8 @@ from training_backends.protocols.openai.errors import (
     wrong_state,
 )
 from training_backends.protocols.openai.requests import FineTuningJobIn
-from training_backends.store.gateway_schema import jobs
+from training_backends.store.gateway_schema import IS_OPEN, jobs
+from training_backends.store.job_counts import COUNTED, change_counts, count_jobs, find_rank
 
 __all__ = ["JobQuery", "JobService"]
 
@@ -112,22 +114,15 @@ class JobService:
     async def list(
         self, filters: JobQuery, caller: Principal, *, page: int, page_size: int
     ) -> JobsOut:
-        """Return one page of jobs, newest first, and the total number."""
-        conditions = [caller.sees(jobs.c.project), *_conditions(filters)]
-        query = (
-            sa.select(*_LISTED)
-            .where(*conditions)
-            .order_by(jobs.c.created_at.desc(), jobs.c.id)
-            .limit(page_size)
-            .offset(page * page_size)
+        """Return one page of jobs, newest first, and the total number.
+
+        No page counts or passes the jobs before it: maintained counts tell the total, and the day
+        on which a page begins. With a filter on time, suffix or W&B, the total counts at most
+        `COUNTED_AHEAD` jobs after the page.
+        """
+        return await self._store.aread(
+            lambda connection: _page(connection, filters, caller, page * page_size, page_size)
         )
-        counting = sa.select(sa.func.count()).select_from(jobs).where(*conditions)
-
-        def work(connection: sa.Connection) -> JobsOut:
-            data = [short_job(row) for row in connection.execute(query)]
-            return JobsOut(data=data, total=connection.execute(counting).scalar_one())
-
-        return await self._store.aread(work)
 
     async def create(self, request: JobIn, caller: Principal) -> JobOut:
         """Create a job; it is validated in the background and trained once started.
@@ -313,7 +308,7 @@ class JobService:
         backend = self._client.backend(self._backend)
         return make_config(
             job,
-            {file_id: file.path for file_id, file in files.items()},
+            {file_id: file.source for file_id, file in files.items()},
             job_id,
             backend.options_tolerating(job.tolerated) if job.tolerated else {},
             backend.capabilities,
@@ -369,6 +364,7 @@ class JobService:
         similar = connection.execute(
             sa.select(jobs.c.id).where(
                 jobs.c.fingerprint == job.fingerprint,
+                IS_OPEN,
                 jobs.c.project == caller.project,
                 jobs.c.status.in_(_CONFLICTING),
             )
@@ -390,11 +386,13 @@ class JobService:
                 )
             )
         )
+        row = load_job(connection, job_id)
+        change_counts(connection, row, before=None, after=row.status)
         add_event(connection, job_id, STATUS_EVENT, {"status": "QUEUED"})
         caller.record(connection, "job.create", job_id)
         for note in job.notes:
             add_event(connection, job_id, "note", {"message": note})
-        return load_job(connection, job_id)
+        return row
 
     def _row(
         self,
@@ -454,7 +452,7 @@ class JobService:
 
 def _check_open_jobs(limit: int, connection: sa.Connection, key_id: str) -> None:
     """Reject a job if the key has reached its limit of unfinished jobs."""
-    mine = jobs.c.created_by == key_id, jobs.c.status.not_in(ENDED)
+    mine = jobs.c.created_by == key_id, jobs.c.status.not_in(ENDED), IS_OPEN
     found = connection.execute(sa.select(sa.func.count()).select_from(jobs).where(*mine))
     if found.scalar_one() >= limit:
         sentence = f"This API key has {limit} unfinished jobs; wait for one or cancel one."
@@ -466,6 +464,37 @@ def _canonical(file_id: str, place: list[str | int]) -> str:
         return str(UUID(file_id))
     except ValueError:
         raise invalid(place, "Input should be a valid UUID", "uuid_parsing") from None
+
+
+def _page(
+    connection: sa.Connection, filters: JobQuery, caller: Principal, first: int, size: int
+) -> JobsOut:
+    conditions = [caller.sees(jobs.c.project), *_conditions(filters)]
+    counted = _counted(filters)
+    if counted is not None:
+        counted["project"] = None if caller.admin else caller.project
+        total = count_jobs(connection, counted)
+        place = (math.inf, first) if first == 0 else find_rank(connection, counted, first)
+        if place is None:
+            return JobsOut(data=[], total=total)
+        before, skip = place
+        if before < math.inf:
+            conditions.append(jobs.c.created_at < before)
+    else:
+        ahead = sa.select(jobs.c.id).where(*conditions).limit(first + size + COUNTED_AHEAD)
+        total = connection.execute(
+            sa.select(sa.func.count()).select_from(ahead.subquery())
+        ).scalar_one()
+        skip = first
+    order = jobs.c.created_at.desc(), jobs.c.id.desc()
+    rows = page_at(connection, jobs, _LISTED, conditions, order, skip=skip, size=size)
+    return JobsOut(data=[*map(short_job, rows)], total=total)
+
+
+def _counted(filters: JobQuery) -> dict[str, Any] | None:
+    """Return the filters by which jobs are counted; None if there are others."""
+    given = {name: value for name, value in asdict(filters).items() if value is not None}
+    return given if COUNTED.issuperset(given) else None
 
 
 def _conditions(filters: JobQuery) -> list[sa.ColumnElement[bool]]:

@@ -43,6 +43,7 @@ from training_backends.protocols.mistral.wire import (
     MetricOut,
 )
 from training_backends.store.gateway_schema import events, jobs, models
+from training_backends.store.job_counts import change_counts
 
 __all__ = [
     "CHECKPOINT_MARK",
@@ -287,14 +288,16 @@ def change_status(
         data: Event data in addition to the status.
         values: Other columns to set.
     """
-    now = time.time()
-    changed = connection.execute(
-        jobs.update()
-        .where(jobs.c.id == job_id, jobs.c.status.in_(only_from))
-        .values(status=status, modified_at=now, **values)
-    )
-    if not changed.rowcount:
+    counted = (jobs.c.project, jobs.c.created_by, jobs.c.model, jobs.c.created_at, jobs.c.status)
+    job = connection.execute(sa.select(*counted).where(jobs.c.id == job_id)).first()
+    if job is None or job.status not in only_from:
         return False
+    connection.execute(
+        jobs.update()
+        .where(jobs.c.id == job_id)
+        .values(status=status, modified_at=time.time(), **values)
+    )
+    change_counts(connection, job, before=job.status, after=status)
     if not silent:
         add_event(connection, job_id, STATUS_EVENT, {"status": status, **(data or {})})
     return True

@@ -2,8 +2,9 @@
 
 A key is `tb-<id>-<secret>`: the id selects the row, and the hash of the complete key is compared
 in constant time. The secret has 256 random bits, so a fast hash is enough, and each wrong key
-costs one hash and at most one lookup by primary key. Nothing is cached: a change by another
-process applies to the next request.
+costs one hash and at most one lookup by primary key. A valid key is looked up again only after the
+store has changed, which is asked for each request: a change by another process applies to the next
+one.
 """
 
 import getpass
@@ -11,8 +12,10 @@ import hashlib
 import hmac
 import re
 import secrets
+import threading
 import time as clock
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
@@ -60,6 +63,7 @@ _NO_HASH = "0" * 64
 _MAX_NAME = 80
 _LAST_YEAR = 9999
 """Excluded: its last day does not exist in every time zone."""
+_MOST_KNOWN = 10_000
 _USE_NOTED_EVERY = 60.0
 """Seconds; a durable write per request would cost more than the request."""
 
@@ -109,6 +113,7 @@ class Principal:
         key_id: Id of the presented key.
         project: Project of that key; it owns what the caller creates.
         admin: Whether all projects are visible.
+        writes: Whether the key does more than read.
         requests_per_second: Limit of the project; None: unlimited.
         address: Where the request comes from, for the audit log.
         request_id: Which request it is, for the audit log.
@@ -117,6 +122,7 @@ class Principal:
     key_id: str
     project: str = DEFAULT_PROJECT
     admin: bool = False
+    writes: bool = True
     requests_per_second: float | None = None
     address: str = ""
     request_id: str = ""
@@ -145,6 +151,15 @@ class Principal:
     def made(self, table: sa.Table) -> sa.ColumnElement[bool]:
         """Return the condition for the rows that were created with this key."""
         return (table.c.created_by == self.key_id) & (table.c.project == self.project)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A caller whose key was valid in a version of the store, until a time."""
+
+    version: Hashable
+    caller: Principal
+    until: datetime
 
 
 def local_operator(project: str = DEFAULT_PROJECT) -> Principal:
@@ -176,6 +191,8 @@ class KeyStore:
     def __init__(self, store: GatewayStore, static_key: SecretStr | None = None) -> None:
         self._store = store
         self._static = _hash(static_key.get_secret_value()) if static_key else None
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._lock = threading.Lock()
 
     def create(
         self,
@@ -184,12 +201,14 @@ class KeyStore:
         scope: Scope = "write",
         project: str = DEFAULT_PROJECT,
         expires_at: datetime | None = None,
+        by: Principal | None = None,
     ) -> NewKey:
         """Create a key.
 
         Args:
             project: Project it gives access to; created by its first key or object.
             expires_at: When it expires; None: never.
+            by: Who creates it, for the audit log; None: a command on this machine.
 
         Raises:
             ConfigError: The key name or project name is invalid, or `expires_at` is in the past.
@@ -225,18 +244,21 @@ class KeyStore:
 
         def work(connection: sa.Connection) -> None:
             connection.execute(keys.insert().values(row))
-            local_operator(project).record(connection, "key.create", key_id)
+            (by or local_operator(project)).record(connection, "key.create", key_id)
 
         self._store.write(work)
         return NewKey(info, SecretStr(key))
 
     def list(self) -> Sequence[KeyInfo]:
         """Return all keys, including revoked and expired ones, oldest first."""
-        query = sa.select(keys).order_by(keys.c.created_at)
+        query = sa.select(keys).order_by(keys.c.created_at, keys.c.id)
         return [_info(row) for row in self._store.read(lambda c: c.execute(query).all())]
 
-    def revoke(self, key_id: str) -> KeyInfo:
+    def revoke(self, key_id: str, *, by: Principal | None = None) -> KeyInfo:
         """Revoke a key, effective immediately; safe to repeat.
+
+        Args:
+            by: Who revokes it, for the audit log; None: a command on this machine.
 
         Raises:
             CredentialNotFound: No key has this id.
@@ -250,7 +272,7 @@ class KeyStore:
             )
             row = connection.execute(sa.select(keys).where(mine)).first()
             if done.rowcount and row is not None:
-                local_operator(row.project).record(connection, "key.revoke", key_id)
+                (by or local_operator(row.project)).record(connection, "key.revoke", key_id)
             return row
 
         row = self._store.write(work)
@@ -263,24 +285,49 @@ class KeyStore:
 
     def usable(self) -> bool:
         """Return whether any key is valid now."""
-        return self._static is not None or any(key.state == "active" for key in self.list())
+        now = utc_now().timestamp()
+        lasts = keys.c.expires_at.is_(None) | (keys.c.expires_at > now)
+        query = sa.select(keys.c.id).where(keys.c.revoked_at.is_(None), lasts).limit(1)
+        return (
+            self._static is not None
+            or self._store.read(lambda c: c.execute(query).first()) is not None
+        )
 
-    def admit(self, presented: str, *, writes: bool) -> Principal:
+    def recall(self, presented: str, version: Hashable) -> Principal | None:
+        """Return who presents a key for a read, without asking the store; None: ask `admit`.
+
+        Args:
+            version: The present version of the store; see `StoreVersion`.
+        """
+        known = self._known.get(_hash(presented))
+        if known is None or known.version != version or utc_now() >= known.until:
+            return None
+        return known.caller
+
+    def admit(self, presented: str, *, writes: bool, version: Hashable = None) -> Principal:
         """Authenticate a presented key.
 
         Only a caller with the complete key learns that it has expired or been revoked.
 
         Args:
             writes: Whether the request does more than read.
+            version: Version of the store before, for `recall`; None: unknown.
 
         Raises:
             HTTPProblem: 401: the key is unknown, revoked or expired; 403: it is read-only.
         """
-        given = _hash(presented)
-        if self._static is not None and hmac.compare_digest(self._static, given):
-            return Principal(STATIC_KEY_ID, admin=True, requests_per_second=self._static_rate())
         found = _KEY.fullmatch(presented)
-        row = self._row(found[1]) if found else None
+        key_id = found[1] if found else None
+        return self.admit_hash(key_id, _hash(presented), writes=writes, version=version)
+
+    def admit_hash(
+        self, key_id: str | None, given: str, *, writes: bool, version: Hashable = None
+    ) -> Principal:
+        """Do what `admit` does, by the id in a key and the hash of the complete key."""
+        if self._static is not None and hmac.compare_digest(self._static, given):
+            caller = Principal(STATIC_KEY_ID, admin=True, requests_per_second=self._static_rate())
+            return self._remember(given, version, caller)
+        row = self._row(key_id) if key_id else None
         if not hmac.compare_digest(row.sha256 if row else _NO_HASH, given) or row is None:
             raise unauthorized()
         key = _info(row)
@@ -289,11 +336,45 @@ class KeyStore:
         if writes and key.scope == "read":
             raise plain(403, "This API key is read-only; the request needs the write scope.")
         self._note_use(key)
-        return Principal(
+        caller = Principal(
             key.id,
             key.project,
             admin=key.scope == "admin",
+            writes=key.scope != "read",
             requests_per_second=row.requests_per_second,
+        )
+        return self._remember(given, version, caller, key.expires_at)
+
+    def _remember(
+        self, given: str, version: Hashable, caller: Principal, ends: datetime | None = None
+    ) -> Principal:
+        if version is not None:
+            until = utc_now() + timedelta(seconds=_USE_NOTED_EVERY / 2)
+            known = _Known(version, caller, min(until, ends or until))
+            with self._lock:
+                self._known[given] = known
+                if len(self._known) > _MOST_KNOWN:
+                    self._known.popitem(last=False)
+        return caller
+
+    def hash_of(self, principal: Principal) -> str:
+        """Return the hash of the key that a caller presented."""
+        if principal.key_id == STATIC_KEY_ID:
+            return self._static or _NO_HASH
+        row = self._row(principal.key_id)
+        return str(row.sha256) if row else _NO_HASH
+
+    def info(self, principal: Principal) -> KeyInfo:
+        """Return what is public about the key that a caller presented."""
+        row = self._row(principal.key_id)
+        if row is not None:
+            return _info(row)
+        return KeyInfo(
+            id=principal.key_id,
+            name="static key",
+            scope="admin" if principal.admin else "read",
+            project=principal.project,
+            created_at=datetime.fromtimestamp(0, UTC),
         )
 
     def _row(self, key_id: str) -> Any:

@@ -16,6 +16,7 @@ from training_backends.core.errors import DuplicateRun, StoreError
 from training_backends.gateway.store import GatewayStore, lock_home
 from training_backends.protocols.mistral.status import ENDED
 from training_backends.store import gateway_schema as schema
+from training_backends.store.job_counts import recount_jobs
 from training_backends.store.schema import deliveries
 
 __all__ = ["import_legacy", "import_legacy_locked"]
@@ -42,7 +43,7 @@ def import_legacy(store: GatewayStore, root: Path) -> None:
     until = time.monotonic() + PATIENCE
     while (root / _FILE).exists():
         try:
-            descriptor = lock_home(root)
+            descriptor = lock_home(root).descriptor
         except DuplicateRun as error:
             if time.monotonic() < until:
                 time.sleep(0.05)
@@ -116,6 +117,7 @@ def _insert(connection: sa.Connection, tables: Mapping[str, _Rows]) -> None:
     if rows:
         connection.execute(schema.events.insert(), rows)
     if added:
+        recount_jobs(connection)
         # Earlier versions delivered none of their events.
         connection.execute(deliveries.delete())
 

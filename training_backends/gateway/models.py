@@ -1,9 +1,10 @@
 """Base models and fine-tuned models of the gateway."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 import sqlalchemy as sa
 from anyio import to_thread
@@ -13,12 +14,13 @@ from training_backends.core.config import TINY_MODEL, Tuning
 from training_backends.core.errors import RunNotFound, TrainingBackendError
 from training_backends.core.logging import get_logger
 from training_backends.gateway.catalogue import Catalogue, Offer
-from training_backends.gateway.chat import ChatService
+from training_backends.gateway.chat import Abilities, ChatService
 from training_backends.gateway.checkpoint_models import CheckpointModel, CheckpointModels
 from training_backends.gateway.errors import not_found, plain
 from training_backends.gateway.jobstore import base_model, keep_history
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.store import GatewayStore
+from training_backends.gateway.weights import WeightService
 from training_backends.protocols.mistral.status import METHODS
 from training_backends.protocols.mistral.wire import (
     ArchiveFTModelOut,
@@ -29,7 +31,6 @@ from training_backends.protocols.mistral.wire import (
     FTModelCapabilitiesOut,
     FTModelCard,
     ModelCapabilities,
-    ModelList,
     UnarchiveFTModelOut,
     UpdateFTModelIn,
 )
@@ -38,6 +39,9 @@ from training_backends.store.gateway_schema import models
 __all__ = ["ModelService"]
 
 log = get_logger()
+
+_PAGE: Final = 500
+"""Models per transaction, and per part of a response."""
 
 FTModelOut = CompletionFTModelOut | ClassifierFTModelOut
 
@@ -58,6 +62,7 @@ class ModelService:
         catalogue: Catalogue,
         organization_id: str,
         opened_at: float,
+        weights: WeightService,
         chat: ChatService,
         checkpoints: CheckpointModels,
     ) -> None:
@@ -67,31 +72,42 @@ class ModelService:
         self._catalogue = catalogue
         self._organization_id = organization_id
         self._opened_at = int(opened_at)
+        self._weights = weights
         self._chat = chat
         self._checkpoints = checkpoints
 
-    async def list(
+    async def pages(
         self, caller: Principal, *, provider: str | None = None, model: str | None = None
-    ) -> ModelList:
-        """Return base models first, then fine-tuned ones, newest first.
+    ) -> AsyncGenerator[Sequence[BaseModelCard | FTModelCard], None]:
+        """Yield base models first, then pages of fine-tuned ones, newest first.
 
         Args:
             provider: Filter by owner.
             model: Filter by id.
         """
-        query = sa.select(models).where(*_visible(caller))
-        query = query.order_by(models.c.created_at.desc())
-        rows = await self._store.aread(lambda connection: connection.execute(query).all())
-        offers = await to_thread.run_sync(lambda: [*map(self._base_card, self._offers())])
-        cards = [*offers, *map(self._card, rows)]
-        return ModelList(
-            data=[
-                card
-                for card in cards
-                if (provider is None or card.owned_by == provider)
-                and (model is None or card.id == model)
-            ]
+        can = await self._chat.abilities()
+        cards = await to_thread.run_sync(
+            lambda: [self._base_card(offer, can) for offer in self._offers()]
         )
+        yield [
+            card for card in cards if provider in {None, card.owned_by} and model in {None, card.id}
+        ]
+        if provider not in {None, self._organization_id}:
+            return
+        mine = _visible(caller) if model is None else [*_visible(caller), models.c.id == model]
+        query = sa.select(models).where(*mine)
+        query = query.order_by(models.c.created_at.desc(), models.c.id.desc()).limit(_PAGE)
+        place = sa.tuple_(models.c.created_at, models.c.id)
+        rows: Sequence[Any] = []
+        while not rows or len(rows) == _PAGE:
+            after = query.where(place < (rows[-1].created_at, rows[-1].id)) if rows else query
+            rows = await self._store.aread(partial(_rows, after))
+            if not rows:
+                return
+            yield await to_thread.run_sync(partial(self._cards, rows, can))
+
+    def _cards(self, rows: Sequence[Any], can: Any) -> Sequence[FTModelCard]:
+        return [self._card(row, can) for row in rows]
 
     async def retrieve(self, model_id: str, caller: Principal) -> BaseModelCard | FTModelCard:
         """Return one model.
@@ -101,10 +117,13 @@ class ModelService:
         """
         for offer in self._offers():
             if offer.name == model_id:
-                return await to_thread.run_sync(self._base_card, offer)
+                can = await self._chat.abilities()
+                return await to_thread.run_sync(self._base_card, offer, can)
         if checkpoint := await self._checkpoints.find(model_id, caller):
-            return self._checkpoint_card(model_id, checkpoint)
-        return self._card(await self._store.aread(lambda c: self._row(c, model_id, caller)))
+            can = await self._chat.abilities()
+            return self._checkpoint_card(model_id, checkpoint, can)
+        row = await self._store.aread(lambda c: self._row(c, model_id, caller))
+        return await to_thread.run_sync(self._card, row, await self._chat.abilities())
 
     async def offer(self, name: str, caller: Principal) -> Offer | None:
         """Return a fine-tuned model or a checkpoint as what a job can start from, or None."""
@@ -140,7 +159,7 @@ class ModelService:
         row = await self._store.awrite(
             lambda c: self._change(c, model_id, values, caller, "model.update")
         )
-        return self._updated(row)
+        return await to_thread.run_sync(self._updated, row, await self._chat.abilities())
 
     async def archive(self, model_id: str, caller: Principal) -> ArchiveFTModelOut:
         """Archive a fine-tuned model; safe to repeat."""
@@ -168,7 +187,8 @@ class ModelService:
             return row
 
         row = await self._store.awrite(work)
-        await self._chat.forget(row.job_id)
+        await self._chat.forget(row.job_id, row.id)
+        await self._weights.forget(row.job_id)
         await self._checkpoints.forget(row.job_id)
         try:
             await self._client.delete(row.job_id)
@@ -211,13 +231,13 @@ class ModelService:
             caller.record(connection, action, model_id)
         return connection.execute(models.select().where(mine)).first()
 
-    def _base_card(self, offer: Offer) -> BaseModelCard:
+    def _base_card(self, offer: Offer, can: Abilities) -> BaseModelCard:
         licence = f" License: {offer.licence}." if offer.licence else ""
         return BaseModelCard(
             id=offer.name,
             created=self._opened_at,
             capabilities=ModelCapabilities(
-                completion_chat=self._chat.has(offer),
+                completion_chat=can.has(offer),
                 fine_tuning=True,
                 classification="classifier" in offer.job_types,
             ),
@@ -226,14 +246,14 @@ class ModelService:
             max_context_length=offer.context_length,
         )
 
-    def _card(self, row: Any) -> FTModelCard:
+    def _card(self, row: Any, can: Abilities) -> FTModelCard:
         classifies = row.model_type == "classifier"
         return FTModelCard(
             id=row.id,
             created=int(row.created_at),
             owned_by=self._organization_id,
             capabilities=ModelCapabilities(
-                completion_chat=self._chat.is_available and not classifies,
+                completion_chat=not classifies and can.has_result(row.job_id, row.id),
                 classification=classifies,
             ),
             name=row.name,
@@ -244,7 +264,9 @@ class ModelService:
             archived=row.archived,
         )
 
-    def _checkpoint_card(self, name: str, checkpoint: CheckpointModel) -> FTModelCard:
+    def _checkpoint_card(
+        self, name: str, checkpoint: CheckpointModel, can: Abilities
+    ) -> FTModelCard:
         job = checkpoint.job
         classifies = job.job_type == "classifier"
         return FTModelCard(
@@ -252,7 +274,7 @@ class ModelService:
             created=int(checkpoint.point.at),
             owned_by=self._organization_id,
             capabilities=ModelCapabilities(
-                completion_chat=self._chat.is_available and not classifies,
+                completion_chat=not classifies and can.has_checkpoint(name),
                 classification=classifies,
             ),
             max_context_length=job.context_length,
@@ -261,7 +283,7 @@ class ModelService:
             archived=False,
         )
 
-    def _updated(self, row: Any) -> FTModelOut:
+    def _updated(self, row: Any, can: Abilities) -> FTModelOut:
         classifies = row.model_type == "classifier"
         fields: dict[str, Any] = {
             "id": row.id,
@@ -274,7 +296,7 @@ class ModelService:
             "name": row.name,
             "description": row.description,
             "capabilities": FTModelCapabilitiesOut(
-                completion_chat=self._chat.is_available and not classifies,
+                completion_chat=not classifies and can.has_result(row.job_id, row.id),
                 classification=classifies,
             ),
             "max_context_length": row.context_length,
@@ -283,6 +305,10 @@ class ModelService:
         if classifies:
             return ClassifierFTModelOut(**fields, classifier_targets=row.classifier_targets)
         return CompletionFTModelOut(**fields)
+
+
+def _rows(query: "sa.Select[Any]", connection: sa.Connection) -> Sequence[Any]:
+    return connection.execute(query).all()
 
 
 def _visible(caller: Principal) -> list[sa.ColumnElement[bool]]:

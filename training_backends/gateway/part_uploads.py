@@ -48,7 +48,6 @@ _MAX_PART: Final = 64 * 2**20
 _MOST_PARTS: Final = 5000
 _MOST_PENDING: Final = 100
 _LONGEST_TYPE: Final = 255
-_BLOCK: Final = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +88,6 @@ class PartUploads:
     async def open(self) -> None:
         """Remove what a crash left behind."""
         await self._expire()
-        known = await self._store.aread(lambda c: c.execute(sa.select(parts.c.id)).scalars().all())
-        found = await to_thread.run_sync(self._blobs.parts)
-        await to_thread.run_sync(self._remove, [*({*found} - {*known})])
 
     async def sweep(self) -> None:
         """Expire uploads periodically; runs until cancelled."""
@@ -276,6 +272,12 @@ class PartUploads:
 
         await self._store.awrite(work)
         await self._collect()
+        # Younger ones may be waiting for their rows.
+        found = await to_thread.run_sync(self._blobs.parts, now - LASTS)
+        if found:
+            query = sa.select(parts.c.id)
+            known = await self._store.aread(lambda c: {*c.execute(query).scalars()})
+            await to_thread.run_sync(self._remove, [*({*found} - known)])
 
     async def _collect(self) -> None:
         """Remove the parts of uploads that are over; files first, then rows."""
@@ -295,16 +297,15 @@ class PartUploads:
 
     def _remove(self, part_ids: Sequence[str]) -> None:
         for part_id in part_ids:
-            self._blobs.part(part_id).unlink(missing_ok=True)
+            self._blobs.remove_part(part_id)
 
     def _join(self, part_ids: Sequence[str], incoming: Incoming) -> str:
         """Write parts to one file and return its MD5 checksum."""
         digest = hashlib.md5(usedforsecurity=False)
         for part_id in part_ids:
-            with self._blobs.part(part_id).open("rb", buffering=0) as part:
-                while block := part.read(_BLOCK):
-                    digest.update(block)
-                    incoming.write(block)
+            for block in self._blobs.read_part(part_id):
+                digest.update(block)
+                incoming.write(block)
         incoming.finish()
         return digest.hexdigest()
 
@@ -377,8 +378,10 @@ def _chosen(
 
 
 def _end(connection: sa.Connection, upload_id: str, status: str, **values: Any) -> None:
-    mine = uploads.update().where(uploads.c.id == upload_id)
-    connection.execute(mine.values(status=status, **values))
+    pending = uploads.c.id == upload_id, uploads.c.status == "pending"
+    changed = connection.execute(uploads.update().where(*pending).values(status=status, **values))
+    if not changed.rowcount:  # by another gateway, meanwhile
+        raise problem(wrong_state("The upload is over."))
 
 
 def _form(row: Any) -> Upload:

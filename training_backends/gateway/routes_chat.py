@@ -1,33 +1,35 @@
 """Routes of the chat APIs, in the protocols of Mistral and OpenAI."""
 
 import json
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Final, Protocol
 
 from fastapi import APIRouter, Request
 from pydantic import ValidationError
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
-from training_backends.core.errors import ProtocolError
 from training_backends.gateway.chat import ChatProblem, ChatRequest, ChatService, InferenceModel
+from training_backends.gateway.chat_stream import rewritten
 from training_backends.gateway.errors import HTTPProblem, field_errors, plain
-from training_backends.gateway.gateway import beside
 from training_backends.gateway.keys import Principal
-from training_backends.gateway.routes import Caller, Opened
+from training_backends.gateway.routes import Caller, ComputedResponse, Opened
 from training_backends.protocols.mistral.errors import error_items
 
 __all__ = ["chat_router"]
 
 chat_router = APIRouter(tags=["chat"], include_in_schema=False)
 
-_DONE: Final = "[DONE]"
+_STREAM: Final = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
 
 
 class _ChatProtocol(Protocol):
     """What differs between the two protocols."""
+
+    @property
+    def no_usage(self) -> bytes | None:
+        """Field of a chunk without a usage, if usages are asked for."""
 
     def problem(self, problem: ChatProblem) -> HTTPProblem:
         """Return the error response."""
@@ -44,6 +46,8 @@ class _ChatProtocol(Protocol):
 
 class _MistralChat:
     """The errors and fields of api.mistral.ai."""
+
+    no_usage = None
 
     def problem(self, problem: ChatProblem) -> HTTPProblem:
         if problem.status == 400:
@@ -75,6 +79,8 @@ class _MistralChat:
 class _OpenAIChat:
     """The errors and fields of api.openai.com."""
 
+    no_usage = b'"usage":null,'
+
     def problem(self, problem: ChatProblem) -> HTTPProblem:
         kind = "server_error" if problem.status >= 500 else "invalid_request_error"
         if problem.status == 429:
@@ -104,27 +110,6 @@ class _OpenAIChat:
         if not chunk["choices"]:
             return [chunk | {"usage": counted}]
         return [chunk, chunk | {"choices": [], "usage": counted}] if counted else [chunk]
-
-
-class _ChatResponse(Response):
-    """A response that is computed while it is sent, and abandoned when the client disconnects."""
-
-    def __init__(self, answer: Callable[[Send], Awaitable[None]]) -> None:
-        super().__init__()
-        self._answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        del scope
-        async with beside() as tasks:
-
-            async def watch() -> None:
-                while (await receive())["type"] != "http.disconnect":
-                    pass
-                tasks.cancel_scope.cancel()
-
-            tasks.start_soon(watch)
-            await self._answer(send)
-            tasks.cancel_scope.cancel()
 
 
 @chat_router.post("/v1/chat/completions", name="chat")
@@ -163,10 +148,10 @@ async def _respond(
             if not reply.has_begun:
                 raise found from None
             # Too late for a status; both SDKs raise an error for this event.
-            await reply.event(found.body)
+            await reply.events(f"data: {_compact(found.body)}\n\n".encode())
             await reply.end()
 
-    return _ChatResponse(answer)
+    return ComputedResponse(answer)
 
 
 class _ChatReply:
@@ -177,22 +162,21 @@ class _ChatReply:
         self.has_begun = False
 
     async def document(self, document: Any) -> None:
-        await self._part(_compact(document), "application/json")
+        await self._part(_compact(document).encode(), b"application/json")
         await self.end()
 
-    async def event(self, data: Any) -> None:
-        text = data if isinstance(data, str) else _compact(data)
-        await self._part(f"data: {text}\n\n", "text/event-stream")
+    async def events(self, events: bytes) -> None:
+        await self._part(events, b"text/event-stream")
 
     async def end(self) -> None:
         await self._send({"type": "http.response.body", "body": b""})
 
-    async def _part(self, text: str, kind: str) -> None:
+    async def _part(self, content: bytes, kind: bytes) -> None:
         if not self.has_begun:
             self.has_begun = True
-            headers = [(b"content-type", kind.encode()), (b"cache-control", b"no-store")]
+            headers = [(b"content-type", kind), (b"cache-control", b"no-store")]
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        await self._send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+        await self._send({"type": "http.response.body", "body": content, "more_body": True})
 
 
 def _compact(document: Any) -> str:
@@ -210,34 +194,15 @@ async def _answer(
         return
     options = fields.get("stream_options")
     usage = isinstance(options, dict) and bool(options.get("include_usage"))
-    async with aclosing(_chunks(model, body)) as chunks:
-        async for chunk in chunks:
-            for each in wire.chunk(chunk | {"model": asked.model}, usage=usage):
-                await reply.event(each)
-    await reply.event(_DONE)
+    pieces = model.client.pieces("/chat/completions", body=body, headers=_STREAM)
+    chunks = rewritten(
+        pieces,
+        model=asked.model,
+        adapt=partial(wire.chunk, usage=usage),
+        usage=wire.no_usage if usage else None,
+    )
+    async with aclosing(pieces), aclosing(chunks):
+        async for events in chunks:
+            await reply.events(events)
+    await reply.events(b"data: [DONE]\n\n")
     await reply.end()
-
-
-async def _chunks(
-    model: InferenceModel, body: dict[str, Any]
-) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield the chunks of an answer with the fields that SDKs require.
-
-    Raises:
-        ProtocolError: The server sent something else, or an error.
-    """
-    events = model.client.events("/chat/completions", body=body)
-    created = int(time.time())
-    async with aclosing(events):
-        async for event in events:
-            if event.data == _DONE:
-                return
-            try:
-                chunk = json.loads(event.data)
-            except ValueError:
-                chunk = None
-            if not isinstance(chunk, dict) or not isinstance(chunk.get("choices"), list):
-                raise ProtocolError(f"The inference server sent: {event.data[:500]}")
-            for choice in chunk["choices"]:
-                choice.setdefault("finish_reason", None)
-            yield {"created": created, **chunk}

@@ -1,13 +1,13 @@
 """Routes of the files API."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-import anyio
 from fastapi import APIRouter, Query, Request
-from starlette.responses import FileResponse
+from starlette.responses import Response
 
-from training_backends.gateway.errors import not_found, plain
+from training_backends.gateway.errors import plain
 from training_backends.gateway.files import FileFilters, StoredFile
 from training_backends.gateway.gateway import Gateway
 from training_backends.gateway.keys import Principal
@@ -119,13 +119,14 @@ async def delete(file_id: UUID, gateway: Opened, caller: Caller) -> DeleteFileOu
 
 @files_router.get(
     "/{file_id}/content",
-    response_class=FileResponse,
+    response_class=Response,
     responses=FILE_BYTES | answers(404),
     name="download_file",
 )
-async def download(file_id: UUID, gateway: Opened, caller: Caller) -> FileResponse:
+async def download(request: Request, file_id: UUID, gateway: Opened, caller: Caller) -> Response:
     """Return a file's content."""
-    return await send_file(gateway, await gateway.files.stored(str(file_id), caller), caller)
+    file = await gateway.files.stored(str(file_id), caller)
+    return await send_file(gateway, file, caller, request.headers)
 
 
 @files_router.get("/{file_id}/url", responses=answers(404), name="get_signed_url")
@@ -133,32 +134,36 @@ async def signed_url(
     file_id: UUID, gateway: Opened, caller: Caller, expiry: Hours = 24
 ) -> FileSignedURL:
     """Return a signed URL of a file, which needs no API key."""
-    await gateway.files.stored(str(file_id), caller)
+    file = await gateway.files.stored(str(file_id), caller)
     await gateway.store.awrite(lambda c: caller.record(c, "file.link", str(file_id)))
+    if gateway.settings.presigned_urls and (url := await gateway.files.signed_url(file, expiry)):
+        return FileSignedURL(url=url)
     # Never from the request's Host header, which the client controls.
     return FileSignedURL(url=gateway.public_url + gateway.links.path(str(file_id), expiry))
 
 
 @links_router.get(
     "/{file_id}",
-    response_class=FileResponse,
+    response_class=Response,
     responses=FILE_BYTES | answers(403, 404),
     name="linked",
 )
 async def linked(
     request: Request, file_id: UUID, gateway: Opened, expires: int, signature: str
-) -> FileResponse:
+) -> Response:
     """Return the content of a file for a valid signed URL."""
     if not gateway.links.allows(str(file_id), expires, signature):
         raise plain(403, "The link is invalid or has expired.")
     state = request.state
     anybody = Principal("link", "", address=state.address, request_id=state.request_id)
-    return await send_file(gateway, await gateway.files.linked(str(file_id)), anybody)
+    file = await gateway.files.linked(str(file_id))
+    return await send_file(gateway, file, anybody, request.headers)
 
 
-async def send_file(gateway: Gateway, file: StoredFile, caller: Principal) -> FileResponse:
+async def send_file(
+    gateway: Gateway, file: StoredFile, caller: Principal, headers: Mapping[str, str]
+) -> Response:
     """Return a file's content, which the audit log reports."""
-    if not await anyio.Path(file.path).exists():
-        raise not_found("file")
+    response = await gateway.files.content(file, headers)
     await gateway.store.awrite(lambda c: caller.record(c, "file.download", file.id))
-    return FileResponse(file.path, media_type="application/octet-stream", filename=file.filename)
+    return response

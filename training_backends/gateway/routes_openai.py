@@ -1,12 +1,12 @@
 """Routes of the OpenAI API, over the same files, jobs and models as the Mistral API."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel
-from starlette.responses import FileResponse, JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from training_backends.gateway.errors import OPENAI_PREFIX, HTTPProblem, problem
 from training_backends.gateway.files import OPENAI_UPLOAD, RESULTS_PURPOSE
@@ -21,7 +21,7 @@ from training_backends.gateway.openai_jobs import (
 )
 from training_backends.gateway.part_uploads import FoundUpload
 from training_backends.gateway.repetition import Repetition
-from training_backends.gateway.routes import Caller, Opened, SmallBody
+from training_backends.gateway.routes import Caller, Opened, SmallBody, list_response
 from training_backends.gateway.routes_files import FILE_BYTES, send_file
 from training_backends.protocols.mistral.status import ENDED
 from training_backends.protocols.mistral.wire import FileSchema, ModelCard
@@ -216,14 +216,16 @@ async def delete_openai_file(file_id: str, gateway: Opened, caller: Caller) -> F
 
 
 @openai_router.get(
-    "/files/{file_id}/content", response_class=FileResponse, responses=FILE_BYTES | _MISSING
+    "/files/{file_id}/content", response_class=Response, responses=FILE_BYTES | _MISSING
 )
-async def download_openai_file(file_id: str, gateway: Opened, caller: Caller) -> FileResponse:
+async def download_openai_file(
+    request: Request, file_id: str, gateway: Opened, caller: Caller
+) -> Response:
     """Return a file's content."""
     missing = no_file(file_id)
     with _missing(missing):
         stored = await gateway.files.stored(_known_id(FILE, file_id, missing), caller)
-        return await send_file(gateway, stored, caller)
+        return await send_file(gateway, stored, caller, request.headers)
 
 
 def _file(file: FileSchema) -> FileObject:
@@ -467,11 +469,23 @@ def _metadata(query: Sequence[tuple[str, str]]) -> dict[str, str] | None:
 # -- models ----------------------------------------------------------------------------
 
 
-@openai_router.get("/models")
-async def list_openai_models(gateway: Opened, caller: Caller) -> ListPage[ModelObject]:
+@openai_router.get("/models", response_model=ListPage[ModelObject])
+async def list_openai_models(gateway: Opened, caller: Caller) -> Response:
     """List base models and fine-tuned models."""
-    found = await gateway.models.list(caller)
-    return _page([_model(card) for card in found.data], has_more=False)
+    return await list_response(_models(gateway.models.pages(caller)), _ending)
+
+
+async def _models(
+    pages: AsyncGenerator[Sequence[ModelCard], None],
+) -> AsyncGenerator[Sequence[ModelObject], None]:
+    async with aclosing(pages):
+        async for page in pages:
+            yield [*map(_model, page)]
+
+
+def _ending(ids: Sequence[str]) -> dict[str, object]:
+    first_id, last_id = ids or (None, None)
+    return {"has_more": False, "first_id": first_id, "last_id": last_id}
 
 
 # Names with slashes arrive as %2F, which is decoded before the path is matched.

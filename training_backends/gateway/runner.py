@@ -7,14 +7,17 @@ never starts a second run.
 """
 
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, Final
 
 import anyio
 import sqlalchemy as sa
 import structlog
+from anyio import to_thread
 from anyio.abc import TaskGroup
 
 from training_backends.client.client import AsyncTrainingClient
+from training_backends.client.leases import Leases
 from training_backends.core.backoff import Backoff
 from training_backends.core.config import Hyperparameters, TrainingConfig
 from training_backends.core.errors import (
@@ -48,7 +51,7 @@ from training_backends.gateway.projects import admit_job, admit_waiting, limits_
 from training_backends.gateway.result_files import ResultFiles
 from training_backends.gateway.store import GatewayStore
 from training_backends.protocols.mistral.status import ACTIVE, ENDED, to_wire
-from training_backends.store.gateway_schema import jobs
+from training_backends.store.gateway_schema import IS_OPEN, jobs
 from training_backends.store.schema import runs
 
 __all__ = ["JobRunner", "OnEnd"]
@@ -63,6 +66,8 @@ _LONGEST_PAUSE: Final = 60.0
 """Seconds between attempts while a backend, the store or the system is unavailable."""
 CATCH_UP_EVERY: Final = 60.0
 """Seconds between two searches for jobs whose events another watcher of this home received."""
+TAKE_OVER_EVERY: Final = 2.0
+"""The same for gateways that share a store, which also search for jobs of one that has ended."""
 _TRIES_BEFORE_EVENT: Final = 3
 _WAITING: Final = "The gateway cannot continue this job at the moment; it will retry."
 
@@ -81,6 +86,7 @@ class JobRunner:
         max_steps: int,
         results: ResultFiles,
         on_end: OnEnd,
+        leases: Leases | None = None,
     ) -> None:
         self._store = store
         self._client = client
@@ -90,6 +96,7 @@ class JobRunner:
         self._max_steps = max_steps
         self._results = results
         self._on_end = on_end
+        self._leases = leases
         self._watcher = client.watcher(on_event=self._on_event)
         self._scopes: dict[str, anyio.CancelScope] = {}
         self._again: set[str] = set()
@@ -100,8 +107,7 @@ class JobRunner:
 
     async def start(self) -> None:
         """Resume every job that is not over and cleaned up, and watch the runs of all."""
-        open_jobs = sa.or_(jobs.c.status.not_in(ENDED), jobs.c.cleaned_up.is_(sa.false()))
-        query = sa.select(jobs.c.id).where(open_jobs).order_by(jobs.c.created_at)
+        query = sa.select(jobs.c.id).where(IS_OPEN).order_by(jobs.c.created_at)
         for job_id in await self._store.aread(lambda c: c.execute(query).scalars().all()):
             self.drive(job_id)
         self._tasks.start_soon(self._watch)
@@ -145,14 +151,33 @@ class JobRunner:
             self.drive(run.id)
 
     async def _catch_up(self) -> None:
+        """Drive the jobs whose events another watcher received, or whose gateway has ended."""
         while True:
-            await anyio.sleep(CATCH_UP_EVERY)
+            await anyio.sleep(CATCH_UP_EVERY if self._leases is None else TAKE_OVER_EVERY)
             try:
                 behind = await self._store.aread(lambda c: [*_behind(c), *waiting_jobs(c)])
                 for job_id in behind:
-                    self.drive(job_id)
+                    if not await self._is_driven(job_id):
+                        self.drive(job_id)
+                if self._leases is None:
+                    continue
+                for job_id in await self._store.aread(_pending):
+                    if job_id not in self._stopped and not await self._is_driven(job_id):
+                        self.drive(job_id)
             except Exception as error:  # must not stop the gateway
                 log.error("jobs not compared with their runs", reason=_reason(error))  # noqa: TRY400
+
+    async def _is_driven(self, job_id: str) -> bool:
+        """Return whether a task of this gateway, or of another one that lives, drives a job."""
+        if job_id in self._scopes:
+            return True
+        if self._leases is None:
+            return False
+        return await to_thread.run_sync(self._leases.is_held, _lease(job_id))
+
+    def _alone(self, job_id: str) -> AbstractAsyncContextManager[object]:
+        """Keep the other gateways of the store from driving a job; one that dies frees it."""
+        return nullcontext() if self._leases is None else self._leases.hold(_lease(job_id))
 
     async def _task(self, job_id: str, scope: anyio.CancelScope) -> None:
         # A task inherits the context of the request that started it.
@@ -177,7 +202,8 @@ class JobRunner:
         while True:
             began = anyio.current_time()
             try:
-                await self._drive_or_fail(job_id)
+                async with self._alone(job_id):
+                    await self._drive_or_fail(job_id)
             except Exception as error:
                 if anyio.current_time() - began > _LONGEST_PAUSE:
                     backoff.reset()
@@ -233,7 +259,7 @@ class JobRunner:
                 if not await self._follow(job):
                     return
             elif job.started_at is not None:
-                if not await self._launch(job):
+                if not await self._is_here(job) or not await self._launch(job):
                     return
             elif job.status != "VALIDATED":
                 await self._validate(job)
@@ -333,6 +359,17 @@ class JobRunner:
         self._watcher.wake()
         return True
 
+    async def _is_here(self, job: Any) -> bool:
+        """Return whether a job's run, if there is one, belongs to this home or to no home.
+
+        Only the gateways of its home can continue its launch or stop it.
+        """
+        try:
+            run = await self._client.get(job.id)
+        except RunNotFound:
+            return True
+        return run.place is None or self._client.backend(run.backend).sees(run)
+
     async def _follow(self, job: Any) -> bool:
         """Take over what a job's run has become; return whether there is more to do."""
         run = await self._client.get(job.id)
@@ -349,6 +386,8 @@ class JobRunner:
             await self._store.awrite(lambda c: advance_job(c, job))
         if job.status != "CANCELLATION_REQUESTED" or job.id in self._stopped:
             return False
+        if not await self._is_here(job):
+            return False
         try:
             await self._client.stop(job.id)
         except TrainingBackendError as error:
@@ -362,10 +401,29 @@ class JobRunner:
 def _behind(connection: sa.Connection) -> list[str]:
     """Return the ids of the launched jobs that do not show how far their runs are."""
     query = sa.select(jobs.c.id, jobs.c.status, runs.c.status.label("run")).where(
-        jobs.c.status.in_(ORDER), jobs.c.launched
+        IS_OPEN, jobs.c.status.in_(ORDER), jobs.c.launched
     )
     rows = connection.execute(query.outerjoin(runs, runs.c.id == jobs.c.id)).all()
     return [row.id for row in rows if row.run is None or _is_ahead(row.run, row.status)]
+
+
+def _pending(connection: sa.Connection) -> list[str]:
+    """Return the ids of the jobs for which a gateway has something to do."""
+    stopping = jobs.c.status == "CANCELLATION_REQUESTED"
+    query = sa.select(jobs.c.id).where(
+        IS_OPEN,
+        sa.or_(
+            jobs.c.status.in_([*ENDED, "QUEUED", "VALIDATING"]),
+            (jobs.c.status == "VALIDATED") & jobs.c.auto_start,
+            stopping,
+        ),
+        sa.or_(jobs.c.launched.is_(sa.false()), stopping, jobs.c.status.in_(ENDED)),
+    )
+    return list(connection.execute(query).scalars())
+
+
+def _lease(job_id: str) -> str:
+    return f"job:{job_id}"
 
 
 def _is_ahead(run: str, job: str) -> bool:

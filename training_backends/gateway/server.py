@@ -510,6 +510,7 @@ async def _serving(
             app.state.is_stopping = True
             if settings.shutdown_delay:
                 await anyio.sleep(settings.shutdown_delay)
+            gateway.feed.close()  # or shutdown would wait for the open pages
             server.should_exit = True
 
 

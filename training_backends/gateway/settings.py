@@ -3,11 +3,13 @@
 import hashlib
 import re
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import AnyHttpUrl, Field, IPvAnyNetwork, SecretStr, field_validator
 
 from training_backends.core.settings import SectionSettings
+from training_backends.objects.settings import hide_secrets
+from training_backends.objects.store import is_object_url
 from training_backends.protocols.mistral.wire import MAX_FILE_BYTES
 from training_backends.protocols.openai.wire import MAX_UPLOAD_BYTES
 
@@ -30,6 +32,21 @@ class GatewaySettings(SectionSettings):
         default=None,
         description="SQLAlchemy URL of the database of runs, jobs, files and keys; default: SQLite "
         "in the gateway's home.",
+    )
+    blobs: str | None = Field(
+        default=None,
+        description="Where uploaded files are stored, such as `s3://bucket/prefix` or "
+        "`file:///directory`; default: in the gateway's home.",
+    )
+    blob_options: dict[str, Any] = Field(
+        default={},
+        description="Options of that store, for example `endpoint_url` of an S3-compatible server; "
+        "default: those in `objects.options`.",
+    )
+    presigned_urls: bool = Field(
+        default=True,
+        description="Signed URLs of files are those of the object store, if it makes any; false: "
+        "of the gateway, for clients that cannot reach the store.",
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8321, ge=0, le=65535, description="Port; 0: any free port.")
@@ -122,6 +139,7 @@ class GatewaySettings(SectionSettings):
     organization: str = Field(
         default="local", min_length=1, description="Part of model names, as 8 hex digits."
     )
+    console: bool = Field(default=True, description="Serve the console at `/`.")
     catalogue: Path | None = Field(
         default=None, description="TOML file with models to add to the built-in ones."
     )
@@ -172,6 +190,20 @@ class GatewaySettings(SectionSettings):
     def _is_a_base(cls, value: AnyHttpUrl | None) -> AnyHttpUrl | None:
         if value and (value.username or value.password or value.query or value.fragment):
             raise ValueError("use scheme, host, port and path only, as in https://ft.example.org")
+        return value
+
+    @field_validator("blobs")
+    @classmethod
+    def _is_a_store(cls, value: str | None) -> str | None:
+        if value and not is_object_url(value) and not value.startswith("file:///"):
+            known = ", ".join(f"{scheme}://" for scheme in ("s3", "gs", "az"))
+            raise ValueError(f"use a URL that starts with file:///, {known}")
+        return value
+
+    @field_validator("blob_options")
+    @classmethod
+    def _hidden(cls, value: dict[str, Any]) -> dict[str, Any]:
+        hide_secrets(value)
         return value
 
     @field_validator("api_key", "metrics_token")

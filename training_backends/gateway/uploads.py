@@ -3,11 +3,12 @@
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Self
-from urllib.parse import unquote
+from typing import BinaryIO, Final, Self
+from urllib.parse import quote, unquote
 from uuid import uuid4
 
 import anyio
@@ -19,7 +20,9 @@ from multipart import (
     parse_options_header,
 )
 from pydantic_core import from_json
+from starlette.responses import FileResponse, Response
 
+from training_backends.core.config import DataSource
 from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.errors import DatasetError
 from training_backends.core.escape import plural
@@ -34,16 +37,20 @@ from training_backends.gateway.errors import HTTPProblem, invalid, is_temporary,
 from training_backends.protocols.openai.errors import not_jsonl
 
 __all__ = [
+    "ABANDONED",
     "FORM_OVERHEAD",
+    "PART",
     "BlobStore",
     "FileFacts",
     "Incoming",
     "MinimumSpeed",
     "OpenFile",
     "Upload",
+    "open_new",
     "read_facts",
     "read_openai_facts",
     "receive",
+    "saved_as",
     "too_large",
 ]
 
@@ -144,12 +151,14 @@ def _count_lines(path: Path) -> int:
 
 log = get_logger()
 
-_PART = ".part"
+PART: Final = ".part"
+"""Ending of the names of files being received."""
 OpenFile = Callable[[Path], BinaryIO]
 """Opens a new file for writing; tests replace it to simulate a full disk."""
 
 
-def _open(path: Path) -> BinaryIO:
+def open_new(path: Path) -> BinaryIO:
+    """Open a new file, unbuffered: callers write large blocks."""
     return path.open("xb", buffering=0)
 
 
@@ -197,9 +206,19 @@ class Incoming:
 
 
 class BlobStore:
-    """Content-addressed files in one directory."""
+    """Content-addressed files in one directory.
 
-    def __init__(self, root: Path, *, open_file: OpenFile = _open) -> None:
+    Attributes:
+        is_shared: Whether other gateways may use it too.
+
+    Args:
+        is_shared: See the attribute.
+    """
+
+    def __init__(
+        self, root: Path, *, is_shared: bool = False, open_file: OpenFile = open_new
+    ) -> None:
+        self.is_shared = is_shared
         self._blobs = root / "files"
         self._incoming = root / "incoming"
         self._converted = root / "converted"
@@ -211,10 +230,20 @@ class BlobStore:
         for directory in (self._blobs, self._incoming, self._converted, self._parts):
             make_private_directory(directory)
         for path in self._incoming.iterdir():
-            if path.suffix == _PART:
-                _remove(path)
+            if path.suffix == PART:
+                # Another gateway may be receiving it.
+                if not self.is_shared or _written_before(path, time.time() - ABANDONED):
+                    _remove(path)
             else:
                 log.warning("unexpected file left in place", path=str(path))
+
+    def check(self) -> None:
+        """Check that the files can be reached.
+
+        Raises:
+            OSError: The directory cannot be read.
+        """
+        self.free()
 
     def collect(self, known: Mapping[str, float | None]) -> None:
         """Remove blobs left behind by a crash.
@@ -242,9 +271,13 @@ class BlobStore:
         """Return the path of a blob, which may not exist."""
         return self._blobs / sha256
 
+    def local(self, sha256: str) -> Path:
+        """Return the path of a blob, fetched first if it is stored elsewhere."""
+        return self.path(sha256)
+
     def receive(self) -> Incoming:
         """Create a new temporary file."""
-        return Incoming(self._incoming / f"{uuid4()}{_PART}", self._open_file)
+        return Incoming(self._incoming / f"{uuid4()}{PART}", self._open_file)
 
     def keep(self, incoming: Incoming) -> None:
         """Move a finished file to its permanent path; identical content is stored once."""
@@ -261,38 +294,89 @@ class BlobStore:
         """Return the path of a part, which may not exist."""
         return self._parts / part_id
 
-    def parts(self) -> Sequence[str]:
-        """Return the ids of the parts that are stored."""
-        return [path.name for path in self._parts.iterdir()]
+    def parts(self, before: float) -> Sequence[str]:
+        """Return the ids of the parts that were stored before a time, in seconds."""
+        return [path.name for path in self._parts.iterdir() if _written_before(path, before)]
+
+    def read_part(self, part_id: str) -> Iterator[bytes]:
+        """Yield the content of a part.
+
+        Raises:
+            OSError: There is no such part.
+        """
+        with self.part(part_id).open("rb", buffering=0) as part:
+            while block := part.read(_BLOCK):
+                yield block
+
+    def remove_part(self, part_id: str) -> None:
+        """Remove a part; safe to repeat."""
+        self.part(part_id).unlink(missing_ok=True)
 
     def remove(self, sha256: str) -> None:
         """Remove a blob; safe to repeat."""
         self.path(sha256).unlink(missing_ok=True)
         for path in self.conversions(sha256):
-            path.unlink(missing_ok=True)
+            Path(path).unlink(missing_ok=True)
 
-    def convert(self, blob: Path, provider_format: ProviderFormat) -> Path:
+    def source(self, sha256: str) -> DataSource:
+        """Return where the client finds a blob."""
+        return DataSource(path=self.path(sha256))
+
+    def convert(self, source: DataSource, provider_format: ProviderFormat) -> DataSource:
         """Return a blob's rows in a provider's format: a new file, or the blob itself.
 
         Raises:
             DatasetError: The blob cannot be read.
         """
+        blob = source.local_path
         target = self._converted / f"{blob.name}.{provider_format.name}"
         if not target.exists():
-            fresh = self._incoming / f"{uuid4()}{_PART}"
+            fresh = self._incoming / f"{uuid4()}{PART}"
             if convert([blob], fresh, provider_format=provider_format).path is None:
-                return blob
+                return source
             fresh.replace(target)
-        return target
+        return source.model_copy(update={"path": target})
 
-    def conversions(self, sha256: str) -> Sequence[Path]:
-        """Return the files that `convert` made of a blob."""
-        return list(self._converted.glob(f"{sha256}.*"))
+    def conversions(self, sha256: str) -> Sequence[str]:
+        """Return the places of what `convert` made of a blob."""
+        return [str(path) for path in self._converted.glob(f"{sha256}.*")]
+
+    async def response(
+        self, sha256: str, filename: str, headers: Mapping[str, str]
+    ) -> Response | None:
+        """Return a blob's content; None if there is no such blob.
+
+        Args:
+            headers: Those of the request, which may ask for a range.
+        """
+        del headers  # the response reads them itself
+        path = self.path(sha256)
+        if not await anyio.Path(path).exists():
+            return None
+        return FileResponse(path, media_type="application/octet-stream", filename=filename)
+
+    def sign(self, sha256: str, *, seconds: int, filename: str) -> str | None:
+        """Return a URL at which a blob can be read without the gateway, if there can be one.
+
+        Args:
+            seconds: How long it is valid.
+        """
+        del sha256, seconds, filename
+        return None
 
     def free(self) -> int:
         """Return the free disk space in bytes."""
         found = os.statvfs(self._blobs)
         return found.f_bavail * found.f_frsize
+
+
+ABANDONED: Final = 24 * 3600.0
+"""Seconds after which a file being received has been given up; no upload may take as long."""
+
+
+def saved_as(filename: str) -> str:
+    """Return the Content-Disposition under whose name browsers save a file."""
+    return f"attachment; filename*=utf-8''{quote(filename, safe='')}"
 
 
 def _written_before(path: Path, moment: float) -> bool:
@@ -314,7 +398,7 @@ FORM_OVERHEAD = 64 * 1024
 _BLOCK = 2**20
 """Bytes per write to disk."""
 _MAX_FIELD = 1024
-_MAX_PARTS = 16
+_MAXPARTS = 16
 
 
 _EXTENDED = re.compile(r"""\bfilename\*="?(utf-8|iso-8859-1)'[^';]*'([^\s;"]+)""", re.IGNORECASE)
@@ -429,7 +513,7 @@ class _Form:
 
     async def read(self, chunks: AsyncIterator[bytes], boundary: str) -> None:
         """Read the form to its end."""
-        parser = PushMultipartParser(boundary, max_segment_count=_MAX_PARTS)
+        parser = PushMultipartParser(boundary, max_segment_count=_MAXPARTS)
         size = 0
         with parser:
             async for chunk in chunks:

@@ -10,6 +10,7 @@ from uuid import NAMESPACE_OID, uuid5
 import anyio
 import sqlalchemy as sa
 
+from training_backends.client.leases import Leases
 from training_backends.core.backoff import Backoff
 from training_backends.core.errors import TrainingBackendError
 from training_backends.core.logging import get_logger
@@ -18,9 +19,10 @@ from training_backends.gateway.store import GatewayStore
 from training_backends.http.client import HttpClient
 from training_backends.http.policy import HttpPolicy
 from training_backends.http.urls import normalize_base_url
+from training_backends.http.webhook import signed_headers
 from training_backends.protocols.mistral.status import to_status
 from training_backends.protocols.openai.status import to_wire
-from training_backends.protocols.openai.webhooks import JOB_EVENTS, job_event, signed_headers
+from training_backends.protocols.openai.webhooks import JOB_EVENTS, job_event
 from training_backends.store.gateway_schema import webhooks
 
 __all__ = ["Webhooks"]
@@ -32,6 +34,8 @@ LONGEST_PAUSE: Final = 6 * 3600.0
 """Seconds between two attempts: twice as many each time."""
 GIVEN_UP_AFTER: Final = 72 * 3600.0
 """Seconds, as at OpenAI."""
+_OTHERS_TURN: Final = 5.0
+"""Seconds after which a gateway looks whether the one that delivers events has ended."""
 _AT_A_TIME: Final = 8
 _ANY_STATUS: Final = range(200, 600)
 _GONE: Final = 410
@@ -81,13 +85,22 @@ class Webhooks:
         await self._store.awrite(work)
         self._added.set()
 
-    async def run(self) -> None:
-        """Deliver events when they are due, until cancelled."""
+    async def run(self, leases: Leases | None = None) -> None:
+        """Deliver events when they are due, until cancelled.
+
+        Args:
+            leases: Those of a gateway that shares its store: one of them delivers at a time.
+        """
         backoff = Backoff(1.0, 60.0)
         try:
             while True:
                 try:
-                    pause = await self._deliver_due()
+                    if leases is None:
+                        pause = await self._deliver_due()
+                    else:
+                        async with leases.try_hold("webhooks") as lease:
+                            pause = await self._deliver_due() if lease else _OTHERS_TURN
+                        pause = min(pause, _OTHERS_TURN)
                     backoff.reset()
                 except Exception as error:  # must not stop the gateway
                     pause = backoff.next()

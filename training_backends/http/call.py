@@ -133,6 +133,10 @@ class Call:
         self.sent = False
         self.retry_after = self.request_id = None
 
+    def progressed(self) -> None:
+        """Record that a part arrived that the next attempt does not ask for again."""
+        self._retries.begin_again()
+
     def failed(self, error: TrainingBackendError) -> None:
         """Record a failed attempt, and make its error account for all attempts."""
         self._retries.retry_after = self.retry_after

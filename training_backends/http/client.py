@@ -10,7 +10,7 @@ from collections.abc import (
 )
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, Literal, TypedDict, Unpack, overload
+from typing import Any, Final, Literal, NamedTuple, TypedDict, Unpack, overload
 from urllib.parse import unquote, unquote_plus, urlencode, urljoin, urlsplit
 
 import anyio
@@ -34,17 +34,30 @@ from training_backends.http.answer import (
     server_events,
 )
 from training_backends.http.call import Call, pacing
-from training_backends.http.download import save_stream
+from training_backends.http.download import partial_file
 from training_backends.http.error_table import ErrorTable
 from training_backends.http.exchange import SUCCESS, HttpExchange, Query, merged
-from training_backends.http.upload import FileBody, FileUpload, Progress
+from training_backends.http.upload import CHUNK_BYTES, FileBody, FileUpload, Progress
 from training_backends.http.urls import is_loopback, require_private_transport
 
-__all__ = ["HttpClient", "JsonRequest"]
+__all__ = ["HttpClient", "JsonRequest", "OpenedUrl"]
 
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_FOUND: Final = frozenset({200})
 _MOST_REDIRECTS: Final = 5
 _SHORTEST_SIGNATURE: Final = 8
+
+
+class OpenedUrl(NamedTuple):
+    """The response of `HttpClient.open_url`.
+
+    Attributes:
+        pieces: The body, decompressed if it was compressed for the transfer.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    pieces: AsyncGenerator[bytes, None]
 
 
 class JsonRequest(TypedDict, total=False):
@@ -202,14 +215,25 @@ class HttpClient(HttpExchange):
         Raises:
             BackendUnavailable: The connection was lost, or silent for too long.
         """
-        stack, response = await self._open_stream(path, query, headers or {}, body, silence)
-        async with (
-            stack,
-            aclosing(decoded(response)) as pieces,
-            aclosing(lines_of(pieces)) as lines,
-        ):
+        pieces = self.pieces(path, query=query, headers=headers, body=body, silence=silence)
+        async with aclosing(pieces), aclosing(lines_of(pieces)) as lines:
             async for line in lines:
                 yield line
+
+    async def pieces(
+        self,
+        path: str,
+        *,
+        query: Query = (),
+        headers: Mapping[str, str] | None = None,
+        body: Any = None,
+        silence: float | None = None,
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the bytes of a response as they arrive; see `lines`."""
+        stack, response = await self._open_stream(path, query, headers or {}, body, silence)
+        async with stack, aclosing(decoded(response)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def events(
         self,
@@ -240,8 +264,49 @@ class HttpClient(HttpExchange):
             async for event in events:
                 yield event
 
+    @asynccontextmanager
+    async def open_url(
+        self, url: str, headers: Mapping[str, str], *, expect: frozenset[int] = _FOUND
+    ) -> AsyncGenerator[OpenedUrl, None]:
+        """Open a file at any URL for reading, following redirects.
+
+        Neither key nor fixed headers of this client are sent. Opening is retried; a stream that
+        is lost is not reopened.
+
+        Args:
+            url: Its query is a secret that no error shows.
+            headers: Sent to every server on the way.
+            expect: Statuses that are no errors.
+
+        Raises:
+            ConfigError: The URL is plain http to another host.
+            ProtocolError: A URL is invalid, or leads from another host to this one.
+        """
+        given = merged({"Accept": "*/*", "Accept-Encoding": "identity"}, headers)
+        async with AsyncExitStack() as stack:
+            client: HttpClient = self
+            for _ in range(_MOST_REDIRECTS + 1):
+                client, path = await stack.enter_async_context(client._elsewhere(url))
+                opened, response = await client._open_stream(  # noqa: SLF001
+                    path, (), given, None, None, expect=_REDIRECTS | expect
+                )
+                await stack.enter_async_context(opened)
+                if response.status_code not in _REDIRECTS:
+                    pieces = await stack.enter_async_context(aclosing(decoded(response)))
+                    yield OpenedUrl(response.status_code, response.headers, pieces)
+                    return
+                url = str(urljoin(str(response.request.url), response.headers.get("location", "")))
+        raise ProtocolError("Too many redirects.", backend=self._backend)
+
     async def _open_stream(
-        self, path: str, query: Query, headers: Mapping[str, str], body: Any, silence: float | None
+        self,
+        path: str,
+        query: Query,
+        headers: Mapping[str, str],
+        body: Any,
+        silence: float | None,
+        *,
+        expect: Container[int] = SUCCESS,
     ) -> tuple[AsyncExitStack, httpx.Response]:
         content, kind = _encoded(body, None, None)
         method = "GET" if content is None else "POST"
@@ -258,7 +323,9 @@ class HttpClient(HttpExchange):
                 read_timeout=silence,
             )
             async with AsyncExitStack() as stack:
-                response = await stack.enter_async_context(self._answer(request, call))
+                response = await stack.enter_async_context(
+                    self._answer(request, call, expect=expect)
+                )
                 return stack.pop_all(), response
 
         call = self._call(
@@ -381,6 +448,8 @@ class HttpClient(HttpExchange):
     ) -> Path:
         """Download a response body to `target`, atomically.
 
+        A download that is cut is continued, if the server has strong entity tags and byte ranges.
+
         Args:
             follow: Follow redirects, without key and fixed headers, for files kept elsewhere.
         """
@@ -407,26 +476,33 @@ class HttpClient(HttpExchange):
         follow: bool,
     ) -> str | None:
         """Download to `target`; return None, or the URL of a redirect."""
-        expect = {200, *_REDIRECTS} if follow else SUCCESS
+        expect = {200, 206, *_REDIRECTS} if follow else SUCCESS
 
-        async def attempt(call: Call) -> str | None:
-            with pacing(self._policy.call_timeout, call.late) as pace:
-                request = await self._request("GET", path, call, query=query, headers=headers)
-                async with self._answer(request, call, expect=expect) as response:
-                    if response.status_code in _REDIRECTS:
-                        location = response.headers.get("location", "")
-                        return str(urljoin(str(request.url), location))
-                    length = response.headers.get("content-length")
-                    plain = "content-encoding" not in response.headers
-                    known = plain and length and length.isascii() and length.isdigit()
-                    expected = int(length[:20]) if known and length else None
-                    # Data already received may take longer to reach the disk.
-                    arriving = pace.over(decoded(response), then=math.inf)
-                    async with aclosing(arriving) as pieces:
-                        await save_stream(pieces, target, expected, on_progress)
-            return None
+        async with partial_file(target) as part:
 
-        return await self._execute(self._call(f"GET {path}", repeatable=True), attempt)
+            async def attempt(call: Call) -> str | None:
+                with pacing(self._policy.call_timeout, call.late) as pace:
+                    given = merged(headers, part.request_headers)
+                    request = await self._request("GET", path, call, query=query, headers=given)
+                    async with self._answer(request, call, expect=expect) as response:
+                        if response.status_code in _REDIRECTS:
+                            location = response.headers.get("location", "")
+                            return str(urljoin(str(request.url), location))
+                        # Data already received may take longer to reach the disk.
+                        arriving = pace.over(decoded(response), then=math.inf)
+                        before = part.done
+                        try:
+                            async with aclosing(arriving) as pieces:
+                                await part.receive(
+                                    response.status_code, response.headers, pieces, on_progress
+                                )
+                        finally:
+                            if part.request_headers and part.done - before >= CHUNK_BYTES:
+                                call.progressed()
+                    await part.publish()
+                return None
+
+            return await self._execute(self._call(f"GET {path}", repeatable=True), attempt)
 
     @asynccontextmanager
     async def _elsewhere(self, url: str) -> AsyncGenerator[tuple["HttpClient", str], None]:

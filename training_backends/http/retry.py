@@ -77,6 +77,11 @@ class RetryRule:
         self._waited += self.wait
         return True
 
+    def begin_again(self) -> None:
+        """Forget the failed attempts, because the call has come closer to its end."""
+        self._tried, self._waited = 0, 0.0
+        self._backoff.reset()
+
     def _is_lawful(self, error: BaseException) -> bool:
         # Safe: a rate-limited or never sent request changed nothing.
         if isinstance(error, RateLimited):

@@ -25,8 +25,10 @@ from training_backends.core.redaction import register_url
 from training_backends.store import gateway_schema, schema
 
 __all__ = [
+    "CHANNEL",
     "RECOVER",
     "Database",
+    "announce",
     "create_file",
     "is_postgres",
     "is_unreachable",
@@ -58,6 +60,8 @@ _REJECTED: Final = {
     "55": _LOCKED,
 }
 """Hints by SQLSTATE or its class, for errors reported by the server."""
+CHANNEL: Final = "training_backends"
+"""On which a PostgreSQL server tells the ids of runs that have changed."""
 WRITE_LOCK: Final = int.from_bytes(b"training", "big")
 """Key of the advisory lock that every write transaction holds."""
 
@@ -279,6 +283,11 @@ class Database:
         self._reader.dispose()
         self._ready = False
 
+    def announce(self, run_id: str) -> None:
+        """Wake the tasks that wait for changes of a run."""
+        with self._writing() as connection:
+            announce(connection, run_id)
+
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
         """Open a read transaction with a consistent snapshot."""
@@ -364,6 +373,12 @@ class Database:
             hint="Check free space and file permissions, or set TRAINING_BACKENDS_HOME.",
             retryable=code in _BUSY,
         )
+
+
+def announce(connection: sa.Connection, run_id: str) -> None:
+    """Tell the change of a run with the commit of this transaction, if the database can."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.select(sa.func.pg_notify(CHANNEL, run_id)))
 
 
 def _create(writer: sa.Engine) -> bool:

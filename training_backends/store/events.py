@@ -14,7 +14,7 @@ from training_backends.core.errors import ConfigError
 from training_backends.core.redaction import redact, redact_value
 from training_backends.core.run import LogRecord, TrainingRun, to_source, utc_now
 from training_backends.core.status import TrainingStatus
-from training_backends.store.database import Database
+from training_backends.store.database import Database, announce
 from training_backends.store.leases import Lease, require
 from training_backends.store.runs import change_run, find_run
 from training_backends.store.schema import IS_STATUS, as_text, deliveries, metrics, records, runs
@@ -362,6 +362,7 @@ def _append(connection: sa.Connection, run: Any, found: Sequence[LogRecord]) -> 
         deliveries.insert().from_select([deliveries.c.id, deliveries.c.backend], waiting)
     )
     _measure(connection, run.id, in_time)
+    announce(connection, run.id)
 
 
 def _row(run_id: str, seq: int, record: LogRecord, latest: str) -> dict[str, Any]:

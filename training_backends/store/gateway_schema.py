@@ -7,14 +7,17 @@ from training_backends.store.schema import BigInteger, metadata
 __all__ = [
     "DEFAULT_PROJECT",
     "GATEWAY_TABLES",
+    "IS_OPEN",
     "audit",
     "events",
     "files",
+    "job_counts",
     "jobs",
     "keys",
     "models",
     "parts",
     "projects",
+    "sessions",
     "uploads",
     "webhooks",
 ]
@@ -23,9 +26,22 @@ DEFAULT_PROJECT = "default"
 """Owner of objects created before projects existed, and of keys created without one."""
 
 
-def _project() -> "sa.Column[str]":
+IS_OPEN = sa.text("NOT cleaned_up")
+"""Condition of the jobs that have not finished, or are not cleaned up yet. A query must repeat it
+literally to use its indexes."""
+_PAGED = ("created_at", "id")
+"""Columns by which all lists are ordered: with the id, a page continues exactly after the last."""
+_EXISTS = sa.text("deleted_at IS NULL")
+
+
+def _index(name: str, *columns: str, where: "sa.TextClause | None" = None) -> sa.Index:
+    """Return an index of some of the rows; None: of all."""
+    return sa.Index(name, *columns, sqlite_where=where, postgresql_where=where)
+
+
+def _project(*, key: bool = False) -> "sa.Column[str]":
     """Return a column for the project that owns a row."""
-    return sa.Column("project", sa.String, nullable=False)
+    return sa.Column("project", sa.String, nullable=False, primary_key=key)
 
 
 files = sa.Table(
@@ -49,8 +65,10 @@ files = sa.Table(
     sa.Column("idempotency_key", sa.String),
     _project(),
     sa.Index("gateway_files_by_content", "sha256"),
-    sa.Index("gateway_files_by_time", "created_at"),
-    sa.Index("gateway_files_by_project", "project", "created_at"),
+    _index("gateway_files_by_time", *_PAGED, "expires_at", where=_EXISTS),
+    _index("gateway_files_by_project", "project", *_PAGED, "expires_at", where=_EXISTS),
+    _index("gateway_files_by_purpose", "project", "purpose", *_PAGED, "expires_at", where=_EXISTS),
+    _index("gateway_files_by_expiry", "expires_at", where=_EXISTS),
     # Covers the sum of a project's bytes.
     sa.Index("gateway_files_by_size", "project", "deleted_at", "expires_at", "bytes"),
 )
@@ -98,11 +116,29 @@ jobs = sa.Table(
     # Ids of the files with the metrics of a job that succeeded.
     sa.Column("result_files", sa.JSON(none_as_null=True)),
     _project(),
-    sa.Index("gateway_jobs_by_time", "created_at"),
-    sa.Index("gateway_jobs_by_project", "project", "created_at"),
-    sa.Index("gateway_jobs_by_status", "status", "created_by"),
-    sa.Index("gateway_jobs_by_content", "fingerprint"),
+    sa.Index("gateway_jobs_by_time", *_PAGED),
+    sa.Index("gateway_jobs_by_project", "project", *_PAGED),
+    sa.Index("gateway_jobs_by_state", "project", "status", *_PAGED),
+    sa.Index("gateway_jobs_by_model", "project", "model", *_PAGED),
+    sa.Index("gateway_jobs_by_suffix", "project", "suffix", *_PAGED),
+    sa.Index("gateway_jobs_by_key", "created_by", *_PAGED),
+    sa.Index("gateway_jobs_by_change", "modified_at"),
+    _index("gateway_jobs_open", "created_by", "status", where=IS_OPEN),
+    _index("gateway_jobs_by_content", "fingerprint", where=IS_OPEN),
     sa.Index("gateway_jobs_of_project", "project", "status"),
+)
+# How many jobs there are, so that no list counts them: by the day of their creation, in days since
+# the epoch, and in total as day -1. Written in the transaction that changes a job's status.
+job_counts = sa.Table(
+    "gateway_job_counts",
+    metadata,
+    _project(key=True),
+    sa.Column("day", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("created_by", sa.String, primary_key=True),
+    sa.Column("status", sa.String, primary_key=True),
+    sa.Column("model", sa.String, primary_key=True),
+    sa.Column("jobs", sa.BigInteger, nullable=False),
+    sa.Index("gateway_job_counts_by_day", "day"),
 )
 # Only what the gateway itself did: the rest is in the log of the run.
 events = sa.Table(
@@ -113,7 +149,7 @@ events = sa.Table(
     sa.Column("name", sa.String, nullable=False),
     sa.Column("data", sa.JSON, nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),
-    sa.Index("gateway_events_by_job", "job_id"),
+    sa.Index("gateway_events_by_job", "job_id", "id"),
 )
 models = sa.Table(
     "gateway_models",
@@ -130,6 +166,9 @@ models = sa.Table(
     sa.Column("archived", sa.Boolean, nullable=False, default=False),
     sa.Column("deleted_at", sa.Float),
     _project(),
+    _index("gateway_models_by_time", *_PAGED, where=_EXISTS),
+    _index("gateway_models_by_project", "project", *_PAGED, where=_EXISTS),
+    sa.Index("gateway_models_by_job", "job_id"),
 )
 keys = sa.Table(
     "gateway_keys",
@@ -143,6 +182,17 @@ keys = sa.Table(
     sa.Column("expires_at", sa.Float),
     sa.Column("last_used_at", sa.Float),
     _project(),
+    sa.Index("gateway_keys_by_time", *_PAGED),
+)
+# Sign-ins at the console; the browser has the session's token, and this table its hash.
+sessions = sa.Table(
+    "gateway_sessions",
+    metadata,
+    sa.Column("sha256", sa.String(64), primary_key=True),
+    sa.Column("key_id", sa.String(8), nullable=False),
+    # Hash of the key: ends the session if the static key changes.
+    sa.Column("key_sha256", sa.String(64), nullable=False),
+    sa.Column("expires_at", sa.Float, nullable=False),
 )
 
 # Limits of projects; a project without a row has none. Null: unlimited.
@@ -221,6 +271,9 @@ webhooks = sa.Table(
 
 GATEWAY_TABLES = tuple(
     table.name
-    for table in (*(keys, files, jobs, events, models, uploads, parts, webhooks, projects, audit),)
+    for table in (
+        *(keys, files, jobs, events, models, uploads, parts, webhooks, projects, audit),
+        sessions,
+    )
 )
-"""Names of these tables."""
+"""Names of these tables, without those that follow from others."""

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from training_backends.core.backend import JSONValue
 from training_backends.core.run import utc_now
-from training_backends.store.database import Database
+from training_backends.store.database import Database, announce
 from training_backends.store.leases import Lease, require
 from training_backends.store.schema import as_text, journal, uploads
 
@@ -93,6 +93,7 @@ class Journals(Database):
             if known.rowcount == 0:  # there is only the entry for all steps
                 row = _begun(run_id, name)
                 connection.execute(journal.insert().values(**row, result=encoded))
+            announce(connection, run_id)
 
     def forget(self, run_id: str, name: str, *, lease: Lease | None = None) -> None:
         """Remove a begun step that certainly had no effect.

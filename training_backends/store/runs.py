@@ -14,13 +14,13 @@ from sqlalchemy.exc import IntegrityError
 from training_backends.core.errors import DuplicateRun, RunNotFound, StoreError, validation_issues
 from training_backends.core.run import TrainingRun
 from training_backends.core.status import TrainingStatus
-from training_backends.store.database import RECOVER, Database
+from training_backends.store.database import RECOVER, Database, announce
+from training_backends.store.job_counts import recount_jobs
 from training_backends.store.journal import SavedStep, put_back
-from training_backends.store.schema import as_text, deliveries, documents, runs
+from training_backends.store.schema import IS_LIVE, as_text, deliveries, documents, runs
 
 __all__ = ["LiveRuns", "Runs", "change_run", "find_run"]
 
-_LIVE: Final = tuple(status.value for status in TrainingStatus if not status.is_terminal)
 _CANDIDATES: Final = 6
 _BATCH: Final = 500
 """Ids per statement; databases limit the number of values."""
@@ -74,6 +74,7 @@ class Runs(Database):
                 for row in found:
                     table = sa.table(name, *map(sa.column, row))
                     connection.execute(table.insert().prefix_with("OR IGNORE").values(**row))
+            recount_jobs(connection)
 
     def get(self, run_id: str) -> TrainingRun:
         """Return the run with exactly this id.
@@ -94,10 +95,23 @@ class Runs(Database):
             return change_run(connection, find_run(connection, run_id), change)
 
     def list(
-        self, *, backend: str | None = None, status: TrainingStatus | None = None
+        self,
+        *,
+        backend: str | None = None,
+        status: TrainingStatus | None = None,
+        limit: int | None = None,
+        after: TrainingRun | None = None,
     ) -> Sequence[TrainingRun]:
-        """Return runs, newest first."""
-        query = _WITH_DOCUMENT.order_by(runs.c.created_at.desc(), runs.c.id.desc())
+        """Return runs, newest first.
+
+        Args:
+            limit: Maximum number; None: all.
+            after: The last run of the previous page.
+        """
+        query = _WITH_DOCUMENT.order_by(runs.c.created_at.desc(), runs.c.id.desc()).limit(limit)
+        if after is not None:
+            last = (as_text(after.created_at), after.id)
+            query = query.where(sa.tuple_(runs.c.created_at, runs.c.id) < last)
         if backend is not None:
             query = query.where(runs.c.backend == backend)
         if status is not None:
@@ -223,6 +237,7 @@ def change_run(
     new = {name: value for name, value in values.items() if value != getattr(row, name)}
     if new:
         connection.execute(runs.update().where(runs.c.id == row.id).values(**new))
+        announce(connection, row.id)
     return run.model_copy(update={"last_seen_at": _moment(values["seen_at"])})
 
 
@@ -265,9 +280,9 @@ def _moment(text: str | None) -> datetime | None:
     return None if text is None else datetime.fromisoformat(text)
 
 
-def _is_live() -> tuple[sa.ColumnElement[bool], ...]:
-    # By a list of statuses, so that the index is used.
-    return runs.c.status.in_(_LIVE), runs.c.remote_id.is_not(None)
+def _is_live() -> tuple[sa.ColumnElement[bool] | sa.TextClause, ...]:
+    # Not IS NOT NULL, for which SQLite may take the index of all job ids.
+    return IS_LIVE, sa.func.coalesce(runs.c.remote_id, "") != ""
 
 
 def _batches(values: Iterable[str]) -> Iterator[list[str]]:

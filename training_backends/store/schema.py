@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 
 __all__ = [
+    "IS_LIVE",
     "IS_STATUS",
     "REVISION",
     "BigInteger",
@@ -40,10 +41,14 @@ def short_text(length: int) -> sa.String:
     return sa.String(length).with_variant(sa.Text(collation="C"), "postgresql")
 
 
-REVISION = "0007"
+REVISION = "0009"
 """Latest revision in `migrations/versions`."""
 
 metadata = sa.MetaData()
+
+
+IS_LIVE = sa.text("status NOT IN ('completed', 'failed', 'cancelled')")
+"""Condition of the runs that have not finished; a query must repeat it literally."""
 
 
 def as_text(moment: datetime) -> str:
@@ -82,6 +87,8 @@ runs = sa.Table(
     # Whether the run has finished and its complete log is in `records`.
     sa.Column("whole", sa.Boolean, nullable=False),
     sa.Index("runs_by_status", "status", "backend", "created_at"),
+    sa.Index("runs_live", "backend", "id", sqlite_where=IS_LIVE, postgresql_where=IS_LIVE),
+    sa.Index("runs_by_time", "created_at", "id"),
     sa.Index("runs_by_remote_id", "remote_id"),
 )
 documents = sa.Table(

@@ -1,6 +1,8 @@
 """An in-memory server of the Mistral protocol, with a back door for tests."""
 
+import io
 import json
+import tarfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +54,7 @@ class _LateCreate:
 
 
 class ScriptedProvider(LoopbackServer):
-    """Implements the protocol; tests control everything else.
+    """Implements the protocol as our gateway does; tests control everything else.
 
     Attributes:
         key: The only accepted API key; None accepts any.
@@ -202,6 +204,10 @@ class ScriptedProvider(LoopbackServer):
             return self._jobs(request, parts[3:])
         if parts == ["v1", "models"]:
             return self._models()
+        if parts[:2] == ["v1", "models"] and parts[3:] == ["weights"]:
+            return self._weights(parts[2])
+        if parts == ["v1", "chat", "completions"]:
+            return self._chat(json.loads(request.body))
         raise _ErrorResponse(404, {"detail": "Not Found"})
 
     def _files(self, request: Received, rest: list[str]) -> StubReply:
@@ -316,6 +322,27 @@ class ScriptedProvider(LoopbackServer):
         base = [base_card(name, self.clock()) for name in self.models]
         tuned = [tuned_card(job) for job in self.jobs.values() if job.fine_tuned_model]
         return _json({"object": "list", "data": base + tuned})
+
+    def _weights(self, model: str) -> StubReply:
+        self._require_model(model)
+        content = io.BytesIO()
+        with tarfile.open(fileobj=content, mode="w") as archive:
+            member = tarfile.TarInfo("model.txt")
+            member.size = len(model.encode())
+            archive.addfile(member, io.BytesIO(model.encode()))
+        return StubReply(content=content.getvalue(), content_type="application/x-tar")
+
+    def _chat(self, asked: Mapping[str, Any]) -> StubReply:
+        """Echo the last message, as a stream."""
+        self._require_model(asked["model"])
+        delta = {"content": asked["messages"][-1]["content"]}
+        chunk = {"choices": [{"index": 0, "delta": delta, "finish_reason": "stop"}]}
+        content = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n".encode()
+        return StubReply(content=content, content_type="text/event-stream")
+
+    def _require_model(self, name: str) -> None:
+        if all(job.fine_tuned_model != name for job in self.jobs.values()):
+            raise _ErrorResponse(404, {"detail": "No model matches the given query."})
 
 
 def _json(body: Any, status: int = 200) -> StubReply:

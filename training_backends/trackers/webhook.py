@@ -8,7 +8,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from training_backends.core.run import LogRecord, utc_now
-from training_backends.http.webhook import signed_headers
+from training_backends.http.webhook import signed_headers, signing_key
 from training_backends.trackers.tracker import Measurement, Tracker
 
 __all__ = ["WebhookTracker"]
@@ -52,8 +52,9 @@ class WebhookTracker(Tracker):
         if self.key is None:
             headers["webhook-id"] = message_id
         else:
-            secret = self.key.get_secret_value()
-            headers |= signed_headers(secret, message_id, utc_now(), body)
+            key = signing_key(self.key.get_secret_value())
+            moment = int(utc_now().timestamp())
+            headers |= signed_headers(key, message_id, moment, body)
         # The configuration allows http and https only.
         request = Request(self.integration.url, body, headers, method="POST")  # noqa: S310
         try:

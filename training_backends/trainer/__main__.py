@@ -1,6 +1,5 @@
-"""`python -m training_backends.trainer`: `train`, `ray`, `track`, `sample`, `merge` and others."""
+"""`python -m training_backends.trainer`: `train`, `ray`, `track`, `answer`, `merge` and others."""
 
-import json
 import os
 import sys
 import threading
@@ -66,6 +65,10 @@ def _parsed(arguments: list[str]) -> "Namespace":
     )
     sampling.add_argument("--seed", type=int, default=0, help="seed of tiny-mistral's weights")
     sampling.add_argument("--max-tokens", type=int, default=64)
+    answering = commands.add_parser("answer", help="answer prompts until there are no more")
+    answering.add_argument("state", type=Path, help="file that announces where")
+    answering.add_argument("model", help="tiny-mistral, a directory, or a model on the Hub")
+    answering.add_argument("--idle", type=float, default=60.0, help="seconds without a prompt")
     merging = commands.add_parser("merge", help="save a model, merged with its adapter if any")
     merging.add_argument("model", help="tiny-mistral, a directory, or a model on the Hub")
     merging.add_argument("target", type=Path, help="directory to write")
@@ -83,6 +86,8 @@ def _other(given: "Namespace") -> int:
         from training_backends.trainer.process import work  # noqa: PLC0415
 
         return int(work(given.run_dir, given.parent))
+    if given.command == "answer":
+        return _answer(given.state, given.model, given.idle)
     if given.command == "track":
         from training_backends.trainer.tracking import track  # noqa: PLC0415
 
@@ -133,32 +138,22 @@ def _fetch(model: str) -> int:
 
 
 def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
+    # Imported here: a queued `train` must not load torch or pydantic.
     if code := _fetch(model):
         return code
     with importing(model):
-        from training_backends.rundir.directory import TrainerExitCode  # noqa: PLC0415
-        from training_backends.tokens.encoders import TokenizerError  # noqa: PLC0415
-        from training_backends.trainer.errors import TrainerError, exit_code_of  # noqa: PLC0415
-        from training_backends.trainer.generate import answer  # noqa: PLC0415
-        from training_backends.trainer.models import choose_device, load_model  # noqa: PLC0415
-        from training_backends.trainer.objectives.classifier import classify  # noqa: PLC0415
-        from training_backends.trainer.run import set_up_torch  # noqa: PLC0415
+        from training_backends.trainer.answering import answer_once  # noqa: PLC0415
 
-    set_up_torch(model)
-    device = choose_device("auto")
-    try:
-        loaded = load_model(model, seed=seed, tuning=None, device=device)
-    except (TrainerError, TokenizerError) as error:
-        print(error, file=sys.stderr)  # noqa: T201  # this is a command
-        return int(exit_code_of(error))
-    model_here = loaded.model.to(device)
-    if loaded.targets:
-        labels = classify(model_here, loaded.encoder, loaded.targets, prompt)
-        result: dict[str, object] = {"labels": labels}
-    else:
-        result = {"answer": answer(model_here, loaded.encoder, prompt, max_tokens)}
-    print(json.dumps(result))  # noqa: T201
-    return int(TrainerExitCode.DONE)
+    return answer_once(model, prompt, seed=seed, max_tokens=max_tokens)
+
+
+def _answer(state: Path, model: str, idle: float) -> int:
+    if code := _fetch(model):
+        return code
+    with importing(model):
+        from training_backends.trainer.answering import answer_until_idle  # noqa: PLC0415
+
+    return answer_until_idle(state, model, idle)
 
 
 def _merge(model: str, target: Path) -> int:

@@ -213,7 +213,7 @@ class _DataFile:
         temporary = self._target.with_name(f".{self._target.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         jobs = (EncodingJob(settings, self._name, first, chunk) for first, chunk in lines.chunks())
-        progress = _Progress(self._run, self._path.name, lines, report_every)
+        progress = _EncodingProgress(self._run, self._path.name, lines, report_every)
         with lines.file, self._reporting(temporary):
             with closing(run_parallel(_TASK, jobs, processes=processes)) as parts:
                 arrays = _Arrays(temporary)
@@ -350,7 +350,7 @@ class _Arrays:
             os.fsync(file.fileno())
 
 
-class _Progress:
+class _EncodingProgress:
     """Reports the progress of a file that takes long."""
 
     def __init__(self, run: RunDir, name: str, lines: _Lines, every: float) -> None:

@@ -1,5 +1,6 @@
 """Which checkpoint a run is continued from, when some are damaged; nothing is trained."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +67,22 @@ def test_the_best_one_is_taken_as_well(
     newer = RunDir(target.path.with_name("newer"))
     assert copy_checkpoint(run, source, newer, "2") == 2, "what came later does not count"
     assert [state.step for _, state in newer.read_checkpoints()] == [2]
+
+
+@pytest.mark.parametrize("requested", [None, "4"])
+def test_encoded_rows_are_taken_along(
+    run: TrainingRun, source: RunDir, target: RunDir, requested: str | None
+) -> None:
+    """As links, so that they take no space and each run can be deleted; for the owner only."""
+    stored = source.tokens / "train-0" / "ids.bin"
+    stored.parent.mkdir(parents=True)
+    stored.write_bytes(b"ids")
+    copy_checkpoint(run, source, target, requested)
+    copied = target.tokens / "train-0" / "ids.bin"
+    assert copied.stat().st_ino == stored.stat().st_ino
+    assert target.path.stat().st_mode & 0o777 == 0o700
+    shutil.rmtree(source.path)
+    assert copied.read_bytes() == b"ids"
 
 
 def test_a_damaged_one_is_not_taken_by_name(

@@ -1,6 +1,5 @@
 """A question on its way to a model."""
 
-import anyio
 import pytest
 from pydantic import SecretStr
 
@@ -26,11 +25,13 @@ async def test_neither_the_question_nor_the_token_is_an_argument(
     """Both go the same way, one behind the other, whatever the text is."""
     seen: list[tuple[list[str], bytes]] = []
 
-    async def run_process(command: list[str], *, input: bytes, **_: object) -> object:  # noqa: A002
-        seen.append((command, input))
-        return type("Done", (), {"returncode": 0, "stdout": b'{"answer": "yes"}'})
+    async def communicate(
+        command: list[str], given: bytes, variables: dict[str, str]
+    ) -> tuple[int, bytes, bytes]:
+        seen.append((command, given))
+        return 0, b'{"answer": "yes"}', b""
 
-    monkeypatch.setattr(anyio, "run_process", run_process)
+    monkeypatch.setattr("training_backends.backends.local.process.communicate", communicate)
     child_env = await Hub(credentials=Vault()).child_environment("org/model")
     reply = await ask_model("org/model", "why?\n\0 \udcff", child_env=child_env)
     assert reply == Reply(answer="yes")

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from pathlib import Path
 from uuid import uuid4
 
 import anyio
@@ -24,6 +25,7 @@ from training_backends import (
     UnsupportedOperation,
 )
 from training_backends.backends.mistral.backend import MistralAPIBackend
+from training_backends.backends.mistral.settings import HOSTED_URL
 from training_backends.core.backend import BackendContext, CredentialSource
 from training_backends.core.registry import backend_class
 from training_backends.protocols.mistral.status import JOB_STATUSES
@@ -407,12 +409,30 @@ async def test_checkpoints_cannot_be_chosen(
     assert caught.value.hint is not None
 
 
-async def test_download_says_why_not(backend: MistralAPIBackend, run: TrainingRun) -> None:
-    """The refusal to download says where the model can be used instead."""
+async def test_the_hosted_service_has_no_download_and_no_chat(
+    make_backend: Callable[..., MistralAPIBackend], run: TrainingRun
+) -> None:
+    """It is declared, and the error says where there are."""
+    backend = make_backend(base_url=HOSTED_URL)
+    assert (backend.capabilities.downloads, backend.capabilities.samples) == (False, False)
+    done = run.model_copy(update={"result_model": "ft:x"})
     with pytest.raises(UnsupportedOperation) as caught:
-        await backend.download(run, run.config.data.train[0].local_path)
-    assert "weight" in str(caught.value.hint)
-    assert not backend.capabilities.downloads
+        await backend.download(done, run.config.data.train[0].local_path)
+    assert "gateway" in str(caught.value.hint)
+    with pytest.raises(UnsupportedOperation):
+        await backend.sample(done, "hello")
+
+
+async def test_a_server_without_the_model_says_so(
+    backend: MistralAPIBackend, run: TrainingRun, tmp_path: Path
+) -> None:
+    """Nothing is written."""
+    gone = run.model_copy(update={"result_model": "ft:gone"})
+    for verb in (backend.download(gone, tmp_path / "out" / "model"), backend.sample(gone, "hello")):
+        with pytest.raises(UnsupportedOperation) as caught:
+            await verb
+        assert "No model matches" in str(caught.value.hint)
+    assert [*(tmp_path / "out").iterdir()] == []
 
 
 async def test_remote_runs_are_filtered(

@@ -75,9 +75,9 @@ def checkpoints(tmp_path: Path, run: TrainingRun) -> list[str]:
 
 
 async def test_a_run_trains_as_on_this_machine_and_shows_no_token(
-    client: AsyncTrainingClient, cluster: Cluster
+    client: AsyncTrainingClient, cluster: Cluster, tmp_path: Path
 ) -> None:
-    """The losses are equal; the log is followed; the job shows no secret to other users."""
+    """Losses are equal; the log is followed; the model answers; the job shows no secret."""
     run = await client.launch(config(4), backend="ray", run_id="first")
     messages = [record.message async for record in client.logs(run.id, follow=True)]
     assert messages[-1] == "completed"
@@ -89,6 +89,10 @@ async def test_a_run_trains_as_on_this_machine_and_shows_no_token(
         TrainingStatus.COMPLETED,
         True,
     )
+    reply = await client.sample(run.id, "3 plus 4?", max_tokens=4)
+    assert reply.answer is not None
+    exported = await client.download(run.id, tmp_path / "step", checkpoint="3")
+    assert (exported / "config.json").is_file()
     shown = [cluster.get(f"/api/jobs/{run.id}{end}").text for end in ("", "/logs")]
     assert cluster.token not in "".join(shown)
 

@@ -54,6 +54,7 @@ from training_backends.backends.local.validate import (
     hub_issues,
     unusable_severity,
 )
+from training_backends.backends.local.warm import WarmModel
 from training_backends.core.backend import (
     BackendContext,
     Health,
@@ -111,6 +112,7 @@ class LocalBackend(TrainingBackend):
             trainer, run by `interpreter`.
         hub: Access to models that are not on this machine.
         interpreter: Python environment that trains.
+        warm: Answers prompts; default: a process for each prompt.
     """
 
     name: ClassVar[str] = "local"
@@ -125,8 +127,10 @@ class LocalBackend(TrainingBackend):
         program: Sequence[str] | None = None,
         hub: Hub | None = None,
         interpreter: Interpreter = THIS_INTERPRETER,
+        warm: WarmModel | None = None,
     ) -> None:
         self._home = home
+        self._warm = warm
         self._runs = home / "runs"
         self._slots: Path | None = home / "slots"
         self._interpreter = interpreter
@@ -141,7 +145,14 @@ class LocalBackend(TrainingBackend):
         settings = cast("LocalSettings", context.settings or load_settings(LocalSettings))
         interpreter = Interpreter(settings.python, context.home / _PROBE_CACHE)
         hub = Hub(settings, context.credentials, interpreter)
-        return cls(context.home, hub=hub, interpreter=interpreter)
+        idle = settings.generate_idle
+        warm = WarmModel(context.home / "generate", interpreter, idle) if idle else None
+        return cls(context.home, hub=hub, interpreter=interpreter, warm=warm)
+
+    @property
+    def interpreter(self) -> Interpreter:
+        """The Python environment that trains."""
+        return self._interpreter
 
     @property
     def capabilities(self) -> Capabilities:
@@ -254,7 +265,9 @@ class LocalBackend(TrainingBackend):
         return await self.status(run)
 
     async def _begin(self, run: TrainingRun, directory: RunDir, spec: RunSpec) -> JSONValue:
-        """Write the spec and start the training process."""
+        """Write the spec and start the training process, which may need all of the memory."""
+        if self._warm is not None:
+            await to_thread.run_sync(self._warm.stop)
         child_env = await self._hub.child_environment(spec.model, spec.integrations)
         start = partial(_start_process, directory, spec, run, self._program, child_env)
         return {"pid": await to_thread.run_sync(start)}
@@ -268,11 +281,6 @@ class LocalBackend(TrainingBackend):
     async def _require_trainer(self) -> None:
         """Require the libraries that train on this machine."""
         await to_thread.run_sync(self._interpreter.require)
-
-    @property
-    def interpreter(self) -> Interpreter:
-        """The Python environment that trains."""
-        return self._interpreter
 
     @property
     def _checked_interpreter(self) -> Interpreter | None:
@@ -426,6 +434,10 @@ class LocalBackend(TrainingBackend):
         result = await to_thread.run_sync(self._result, directory, "prompt")
         child_env = await self._hub.child_environment(result.base_model)
         model = directory.path / result.path
+        if self._warm is not None:
+            return await self._warm.ask(
+                str(model), prompt, max_tokens=max_tokens, child_env=child_env
+            )
         return await ask_model(
             str(model),
             prompt,
@@ -470,6 +482,8 @@ class LocalBackend(TrainingBackend):
         directory = self._existing(run)
         if not read_ending(directory):
             raise self.unsupported("delete a run that has not finished", "Stop it first.")
+        if self._warm is not None:
+            self._warm.stop()
         shutil.rmtree(directory.path)
 
     async def health(self) -> Health:

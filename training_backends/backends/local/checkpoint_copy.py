@@ -107,6 +107,7 @@ def copy_checkpoint(run: TrainingRun, source: RunDir, target: RunDir, requested:
         path = named_checkpoint(run, source, requested)
     if source.tokens.is_dir():  # used if the data is still the same
         with reporting_disk(run):
+            make_private_directory(target.path)
             copy_atomically(source.tokens, target.tokens)
     if path is None:
         return 0

@@ -120,6 +120,12 @@ class LocalSettings(SectionSettings):
         description="Python interpreter that trains, with training-backends[local] in its "
         "environment; default: the current one.",
     )
+    generate_idle: float = Field(
+        default=60.0,
+        ge=0,
+        description="Seconds that the process which answers `generate` stays loaded for the next "
+        "prompt; 0: not at all.",
+    )
     offline: bool = Field(
         default=False, description="Never contact the model hub; same as HF_HUB_OFFLINE=1."
     )

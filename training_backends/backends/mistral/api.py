@@ -1,18 +1,21 @@
 """Typed client for the Mistral files, fine-tuning and models API."""
 
 import json
+import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+import anyio
 import msgspec
 from pydantic import BaseModel, SecretStr, ValidationError
 
-from training_backends.core.errors import ProtocolError, validation_issues
+from training_backends.core.errors import BackendUnavailable, ProtocolError, validation_issues
 from training_backends.core.logging import get_logger, redact
 from training_backends.http.client import HttpClient
+from training_backends.http.download import unpack
 from training_backends.http.upload import FileUpload, HashedFile, Progress
 from training_backends.http.urls import path_segment
 from training_backends.protocols.mistral import wire
@@ -29,6 +32,9 @@ MAX_PAGES: Final = 1000
 _FILES: Final = "/v1/files"
 _JOBS: Final = "/v1/fine_tuning/jobs"
 _MODELS: Final = "/v1/models"
+_CHAT: Final = "/v1/chat/completions"
+_THINKS: Final = 600.0
+"""Seconds that a model may take between two words, or to be loaded."""
 
 _M = TypeVar("_M")
 _T = TypeVar("_T")
@@ -211,6 +217,44 @@ class MistralAPI:
     async def list_models(self) -> wire.ModelList:
         """List all models that the key may use."""
         return _read(wire.ModelList.model_validate, await self.http.json("GET", _MODELS))
+
+    async def download_weights(self, model: str, directory: Path) -> None:
+        """Write the weights of a fine-tuned model into an empty directory.
+
+        An operation of our gateway only.
+        """
+        archive = directory / f".{secrets.token_hex(4)}.tar"
+        path = f"{_MODELS}/{path_segment(model)}/weights"
+        await self.http.download(path, archive, headers={"Accept": "application/x-tar"})
+        await unpack(archive, directory)
+        await anyio.Path(archive).unlink()
+
+    async def chat(self, model: str, prompt: str, *, max_tokens: int) -> str:
+        """Return a model's answer to a prompt."""
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+        }
+        text = ""
+        async with aclosing(self.http.events(_CHAT, body=body, silence=_THINKS)) as events:
+            async for event in events:
+                if event.data == "[DONE]":
+                    return text
+                text += _content(event.data)
+        raise BackendUnavailable("The answer of the model was cut.")
+
+
+def _content(data: str) -> str:
+    """Return the text of a chunk of an answer."""
+    try:
+        chunk = json.loads(data)
+        (choice,) = chunk["choices"]
+        return str(choice["delta"].get("content") or "")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ProtocolError("The server's answer is malformed.", excerpt=redact(data)) from None
 
 
 async def _paged(

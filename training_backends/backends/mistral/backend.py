@@ -1,7 +1,7 @@
 """The backend for servers of the Mistral fine-tuning protocol."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -43,6 +43,7 @@ from training_backends.core.estimate import Estimate
 from training_backends.core.persist import ensure
 from training_backends.core.run import (
     Observation,
+    Reply,
     RunState,
     TrainingRun,
     ValidationReport,
@@ -52,6 +53,7 @@ from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import MISTRAL
 from training_backends.http.backend import server_health
 from training_backends.http.client import HttpClient
+from training_backends.http.download import new_directory
 from training_backends.protocols.mistral.errors import error_from_answer
 from training_backends.protocols.mistral.status import to_status, to_wire
 from training_backends.protocols.mistral.wire import (
@@ -84,9 +86,9 @@ class MistralAPIBackend(TrainingBackend):
     """Trains on a server of the Mistral fine-tuning protocol.
 
     The hosted service has shut down fine-tuning; `training-backends serve` offers the same
-    protocol on your own compute. The protocol has no weight download and no resumable
-    checkpoints: resuming a failed or cancelled run trains from the start on the files that are
-    already uploaded.
+    protocol on your own compute, and downloads of and chats with the trained models. The protocol
+    has no resumable checkpoints: resuming a failed or cancelled run trains from the start on the
+    files that are already uploaded.
     """
 
     name: ClassVar[str] = "mistral"
@@ -101,7 +103,12 @@ class MistralAPIBackend(TrainingBackend):
         self._settings = settings or load_settings(MistralSettings)
         self._opened: MistralAPI | None = None
         self._capabilities = _CAPABILITIES.model_copy(
-            update={"provider_format": _provider_format(self._settings)}
+            update={
+                "provider_format": _provider_format(self._settings),
+                # Operations of our gateway; other servers of the protocol have no more users.
+                "downloads": not self._settings.is_hosted,
+                "samples": not self._settings.is_hosted,
+            }
         )
 
     @classmethod
@@ -292,15 +299,41 @@ class MistralAPIBackend(TrainingBackend):
         )
 
     async def download(self, run: TrainingRun, target: Path) -> Path:
-        """Raise `UnsupportedOperation`: the protocol has no weight download."""
-        del target
-        model = run.result_model or "the fine-tuned model"
-        raise self.unsupported(
-            "download the trained model",
-            f"This protocol has no weight download; use {model} on the server. With "
-            "your own gateway, the files are stored on its machine: run `training-backends "
-            "download` there.",
-        )
+        """Download the weights, if the server is our gateway.
+
+        Raises:
+            UnsupportedOperation: It is another server, or does not have the weights.
+        """
+        with self._served(run, "download the trained model") as model:
+            async with new_directory(target) as directory:
+                await self.api.download_weights(model, directory)
+        return target
+
+    async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
+        """Ask the model on the server, if that is our gateway.
+
+        Raises:
+            UnsupportedOperation: It is another server, or the model cannot answer there.
+        """
+        with self._served(run, "ask the trained model") as model:
+            return Reply(answer=await self.api.chat(model, prompt, max_tokens=max_tokens))
+
+    @contextmanager
+    def _served(self, run: TrainingRun, what: str) -> Iterator[str]:
+        """Yield the model of a run, for an operation that not every server has."""
+        model = run.result_model
+        if self._settings.is_hosted or model is None:
+            name = model or "the fine-tuned model"
+            raise self.unsupported(
+                what,
+                f"The hosted service keeps the weights; use {name} there. Our gateway serves "
+                "downloads and chats: set mistral.base_url to its address.",
+            )
+        with self.errors_of(run):
+            try:
+                yield model
+            except RunNotFound as error:
+                raise self.unsupported(what, f"The server says: {error.message}") from None
 
     async def health(self) -> Health:
         """Request one job from the list."""

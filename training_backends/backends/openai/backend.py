@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar, Final, Literal, Self, cast
 
@@ -42,7 +42,7 @@ from training_backends.core.capabilities import Capabilities, SuffixRule
 from training_backends.core.concurrency import run_all
 from training_backends.core.config import TrainingConfig
 from training_backends.core.dataset import Dataset
-from training_backends.core.errors import ProtocolError, RunNotFound, TrainingBackendError
+from training_backends.core.errors import RunNotFound, TrainingBackendError
 from training_backends.core.estimate import CostItem, Estimate, PriceSource
 from training_backends.core.persist import ensure
 from training_backends.core.run import (
@@ -58,7 +58,7 @@ from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import OPENAI
 from training_backends.http.backend import server_health
 from training_backends.http.client import HttpClient
-from training_backends.http.download import new_directory
+from training_backends.http.download import new_directory, within
 from training_backends.protocols.openai.errors import error_from_answer
 from training_backends.protocols.openai.requests import MAX_SUFFIX, MAX_SUFFIX_AZURE
 from training_backends.protocols.openai.results import read_results
@@ -317,7 +317,7 @@ class OpenAIBackend(TrainingBackend):
         async with new_directory(target) as directory:
             for file_id in newest.result_files:
                 name = (await self.api.get_file(file_id)).filename
-                await self.api.download_file(file_id, _within(directory, name))
+                await self.api.download_file(file_id, within(directory, name))
         return target
 
     async def health(self) -> Health:
@@ -360,18 +360,6 @@ def _capabilities(settings: OpenAISettings) -> Capabilities:
         lists_remote=True,
         provider_format=replace(OPENAI, max_file_bytes=settings.max_file_bytes),
     )
-
-
-def _within(directory: Path, name: str) -> Path:
-    """Return the path of a file with the provider's name.
-
-    Raises:
-        ProtocolError: The name leads out of the directory.
-    """
-    path = PurePosixPath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts:
-        raise ProtocolError(f"The provider has a file with the invalid name {name[:200]!r}.")
-    return directory / path
 
 
 def _passes(job: FineTuningJob, filters: RemoteFilters) -> bool:

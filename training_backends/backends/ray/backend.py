@@ -45,7 +45,13 @@ from training_backends.core.errors import (
 )
 from training_backends.core.files import make_private_directory, write_atomic
 from training_backends.core.integrations import INTEGRATION_FIELDS
-from training_backends.core.run import Failure, RunState, TrainingRun, ValidationReport
+from training_backends.core.run import (
+    Failure,
+    Reply,
+    RunState,
+    TrainingRun,
+    ValidationReport,
+)
 from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.http.backend import server_health
 from training_backends.http.client import HttpClient
@@ -130,9 +136,6 @@ class RayBackend(LocalBackend):
                 "resources": frozenset({"workers", "cpus", "gpus", "accelerator"}),
                 # The cluster's environment has the keys: a job's data is shown to all of its users.
                 "integration_fields": INTEGRATION_FIELDS - {"credential"},
-                # These need the training libraries where the client runs.
-                "samples": False,
-                "downloads_checkpoints": False,
             }
         )
 
@@ -332,6 +335,16 @@ class RayBackend(LocalBackend):
         """Remove the run directory of a finished run; Ray keeps its record of the job."""
         await self._revive([run])
         await super().delete(run)
+
+    async def download_checkpoint(self, run: TrainingRun, checkpoint: str, target: Path) -> Path:
+        """Write a checkpoint as a model, on this machine."""
+        await to_thread.run_sync(self.interpreter.require)
+        return await super().download_checkpoint(run, checkpoint, target)
+
+    async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
+        """Generate an answer on this machine, with the result on the shared storage."""
+        await to_thread.run_sync(self.interpreter.require)
+        return await super().sample(run, prompt, max_tokens=max_tokens)
 
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
         """List the runs that have a directory on the storage."""
