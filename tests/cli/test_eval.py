@@ -81,9 +81,9 @@ def test_the_wrong_answers_are_shown(run: Run) -> None:
 
 def test_each_answer_is_written(run: Run, tmp_path: Path) -> None:
     """As a line of JSON, in the order of the data."""
-    run("eval", "r", "test.jsonl", "--output", "scores.jsonl", "--rows", "2")
+    run("eval", "r", "test.jsonl", "--output", "scores.jsonl", "--rows", "3")
     lines = (tmp_path / "scores.jsonl").read_text().splitlines()
-    assert [json.loads(line)["score"] for line in lines] == [1, 1]
+    assert [json.loads(line)["score"] for line in lines] == [1, 1, 0]
     assert json.loads(lines[1]) == {
         "line": 2,
         "prompt": "two",

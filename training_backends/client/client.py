@@ -808,11 +808,11 @@ class AsyncTrainingClient:
         messages, such as a system prompt, earlier turns or images, are skipped and counted.
 
         Args:
-            scorer: Called in a thread with the prompt, the expected and the given answer; default:
-                whether both answers are the same apart from white space.
+            scorer: Called in a thread with the prompt, the expected and the given answer, one call
+                at a time; default: whether both answers are the same apart from white space.
             rows: Ask only the first `rows` of these rows; None: all.
             max_tokens: Maximum tokens of an answer.
-            on_row: Called with each row as soon as it is scored, and the number of rows in all.
+            on_row: Called with each row, in the order of the file, and the number of all rows.
 
         Raises:
             DatasetError: The file cannot be read, or has no row that can be asked.
@@ -820,34 +820,16 @@ class AsyncTrainingClient:
         """
         # Not at all for programs that evaluate nothing.
         from training_backends.client.evaluation import (  # noqa: PLC0415
-            EvaluatedRow,
             Evaluation,
+            ask_all,
             exact_match,
             read_questions,
-            score_labels,
         )
 
         run = await self.get(run_id)
         questions, skipped = await to_thread.run_sync(read_questions, Path(file), rows)
-        found: list[EvaluatedRow] = []
-        for question in questions:
-            reply = await self.sample(run.id, question.prompt, max_tokens=max_tokens)
-            expected, prompt, answer = question.expected, question.prompt, reply.answer or ""
-            if isinstance(expected, str):
-                score = await to_thread.run_sync(scorer or exact_match, prompt, expected, answer)
-            else:
-                score = score_labels(expected, reply)
-            row = EvaluatedRow(
-                line=question.line,
-                prompt=prompt,
-                expected=expected,
-                answer=reply.answer,
-                labels=reply.labels,
-                score=score,
-            )
-            found.append(row)
-            if on_row is not None:
-                on_row(row, len(questions))
+        ask = partial(self.sample, run.id, max_tokens=max_tokens)
+        found = await ask_all(ask, questions, scorer=scorer or exact_match, on_row=on_row)
         return Evaluation(rows=tuple(found), skipped=skipped)
 
     async def delete(self, run_id: str, *, record_only: bool = False) -> None:

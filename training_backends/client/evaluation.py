@@ -1,13 +1,17 @@
 """Ask a trained model the prompts of a data file and score its answers."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import anyio
 import msgspec
+from anyio import to_thread
 from pydantic import BaseModel, Field
 
+from training_backends.core.concurrency import run_all
 from training_backends.core.errors import BackendNotInstalled, ConfigError, DatasetError, Issue
 from training_backends.core.run import Reply
 from training_backends.datasets.open_file import opened
@@ -25,16 +29,18 @@ __all__ = [
     "Evaluation",
     "Question",
     "Scorer",
+    "ask_all",
     "exact_match",
     "matches_schema",
     "read_questions",
-    "score_labels",
     "valid_json",
 ]
 
 Scorer = Callable[[str, str, str], float]
 """Called with the prompt, the expected and the given answer; returns a score, or a bool."""
 
+_AT_ONCE: Final = 8
+"""Questions; rate limits of a provider slow them down further."""
 _LIKELY: Final = 0.5
 """Probability from which on one of several labels counts as given."""
 
@@ -89,6 +95,47 @@ class _Completion(msgspec.Struct, frozen=True):
 
 
 _COMPLETION: Final = msgspec.json.Decoder(_Completion)
+
+
+async def ask_all(
+    ask: Callable[[str], Awaitable[Reply]],
+    questions: Sequence[Question],
+    *,
+    scorer: Scorer,
+    on_row: Callable[[EvaluatedRow, int], object] | None = None,
+) -> list[EvaluatedRow]:
+    """Ask several questions at a time and score the answers; see `AsyncTrainingClient.evaluate`."""
+    found: dict[int, EvaluatedRow] = {}
+    scoring = anyio.CapacityLimiter(1)
+    delivered = 0
+
+    async def ask_one(index: int, question: Question) -> None:
+        nonlocal delivered
+        reply = await ask(question.prompt)
+        expected, prompt, answer = question.expected, question.prompt, reply.answer or ""
+        if isinstance(expected, str):
+            work = partial(scorer, prompt, expected, answer)
+            score = await to_thread.run_sync(work, limiter=scoring)
+        else:
+            score = _score_labels(expected, reply)
+        found[index] = EvaluatedRow(
+            line=question.line,
+            prompt=prompt,
+            expected=expected,
+            answer=reply.answer,
+            labels=reply.labels,
+            score=score,
+        )
+        while delivered in found:
+            delivered += 1
+            if on_row is not None:
+                on_row(found[delivered - 1], len(questions))
+
+    first, *others = [partial(ask_one, *each) for each in enumerate(questions)]
+    # Alone, as it may have to load the model.
+    await first()
+    await run_all(others, at_once=_AT_ONCE)
+    return [found[index] for index in range(len(questions))]
 
 
 def exact_match(prompt: str, expected: str, answer: str) -> bool:
@@ -149,7 +196,7 @@ def _document(answer: str) -> tuple[Any] | None:
         return None
 
 
-def score_labels(expected: Mapping[str, str | list[str]], reply: Reply) -> float:
+def _score_labels(expected: Mapping[str, str | list[str]], reply: Reply) -> float:
     """Return the share of the expected targets whose labels are right.
 
     The label of a target is the most probable one. Where several labels are expected, as a list,
