@@ -48,7 +48,7 @@ RESULTS = (
     Case("metrics live --cached", "", "No metrics yet"),
     Case("status done --watch", "done  completed, step 2/2", ""),
     Case("logs done --tail 1", "completed"),
-    Case("compare done live", "status"),
+    Case("compare done live", "status", "note: run live"),
     Case("checkpoints done", "", "Run done has no checkpoints."),
     Case("wait done", "done  completed\n", "done  running\n"),
     Case("wait live --until running", "live  running\n", "live  running\n"),

@@ -12,11 +12,7 @@ from training_backends.client.config_file import load_config
 from training_backends.client.config_schema import config_schema
 from training_backends.testing.backend import ScriptedBackend
 
-CONFIGS = [
-    path
-    for path in sorted(Path(__file__).parents[2].joinpath("configs").glob("*.yaml"))
-    if path.stem != "data"
-]
+CONFIGS = sorted(Path(__file__).parents[2].joinpath("configs").glob("*.yaml"))
 SCHEMA = config_schema()
 
 ACCEPTED = (
