@@ -164,3 +164,10 @@ def test_an_output_without_answers_is_not_kept(run: Run, tmp_path: Path) -> None
     """The same command works once the cause is gone."""
     assert run("eval", "failed", "test.jsonl", "--output", "out.jsonl").code == 9
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_not_a_number_is_not_json(run: Run, tmp_path: Path, asked: AnsweringBackend) -> None:
+    """Although Python reads it."""
+    write(tmp_path / "one.jsonl", chat("nan", "{}"))
+    asked.replies["nan"] = Reply(answer='{"a": NaN}')
+    assert run("eval", "r", "one.jsonl", "--valid-json", "--json").document["score"] == 0

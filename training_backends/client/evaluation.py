@@ -191,9 +191,13 @@ def matches_schema(schema: Any) -> Scorer:
 def _document(answer: str) -> tuple[Any] | None:
     """Return the document in a tuple, as it may be null."""
     try:
-        return (json.loads(answer),)
+        return (json.loads(answer, parse_constant=_refuse),)
     except (ValueError, RecursionError):
         return None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _score_labels(expected: Mapping[str, str | list[str]], reply: Reply) -> float:
