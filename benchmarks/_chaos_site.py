@@ -1,5 +1,6 @@
 """Servers in processes of their own, and the files and jobs that they have."""
 
+import hashlib
 import json
 import os
 import secrets
@@ -218,7 +219,7 @@ class Site(Server):
             )
             for job in await self.jobs()
         ]
-        known = {file["signature"] for file in files}
+        known = {file["signature"] for file in files} | await self._results()
         leftovers = [f"content {each}" for each in self.contents() if each[:16] not in known]
         leftovers += [f"training {each}" for each in {*trainings} - {job.id for job in jobs}]
         if not await self.settled():
@@ -232,6 +233,19 @@ class Site(Server):
     async def files(self) -> list[dict[str, Any]]:
         """List all files."""
         return await self._list("/v1/files")
+
+    async def _results(self) -> set[str]:
+        """Return the signatures of the result files of jobs, which only the OpenAI API lists."""
+        query = {"purpose": "fine-tune-results"}
+        async with self._http() as http:
+            listed = (await http.get("/openai/v1/files", params=query)).raise_for_status().json()
+            contents = [
+                (await http.get(f"/openai/v1/files/{file['id']}/content"))
+                .raise_for_status()
+                .content
+                for file in listed["data"]
+            ]
+        return {hashlib.sha256(content).hexdigest()[:16] for content in contents}
 
     async def jobs(self) -> list[dict[str, Any]]:
         """List all jobs."""

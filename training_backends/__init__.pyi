@@ -3,6 +3,7 @@
 
 from .client.client import AsyncTrainingClient as AsyncTrainingClient
 from .client.config_file import ConfigFile as ConfigFile, load_config as load_config
+from .client.evaluation import EvaluatedRow as EvaluatedRow, Evaluation as Evaluation
 from .client.recovery import Recovery as Recovery
 from .client.sync import TrainingClient as TrainingClient
 from .client.watch import Watcher as Watcher

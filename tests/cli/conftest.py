@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.answering import AnsweringBackend
 from tests.commands import Done, Run, run_here
 from tests.commands import run_process as run_in_process
 from tests.waiting import wait_until
@@ -76,3 +77,18 @@ def config_file(tmp_path: Path, train_file: Path) -> Path:
         "  batch_size: 2\n"
     )
     return path
+
+
+@pytest.fixture
+def answering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AnsweringBackend:
+    """Install the backend `answering`, whose jobs outlive a command."""
+    site = tmp_path / "site"
+    about = site / "answering-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: answering\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[training_backends.backends]\nanswering = tests.cli.answering:AnsweringBackend\n"
+    )
+    monkeypatch.syspath_prepend(str(site))
+    AnsweringBackend.shared = AnsweringBackend()
+    return AnsweringBackend.shared

@@ -76,7 +76,7 @@ def test_delete_without_a_terminal_needs_yes(run: Run, store: RunStore) -> None:
     assert "--yes" in refused.err
     assert ids(store) == ["exp-1", "exp-10"]
     done = run("delete", "exp-1", "--yes", "--json")
-    assert (done.code, done.document) == (0, {"deleted": "exp-1"})
+    assert (done.code, done.document) == (0, {"deleted": ["exp-1"], "freed_bytes": 0})
     assert ids(store) == ["exp-10"]
 
 
@@ -101,7 +101,10 @@ def test_delete_on_a_terminal_asks(store: RunStore, answer: str) -> None:
         os.close(terminal)
     assert "Delete exp-1 (completed) with 1 checkpoint and the model /models/it?" in asked
     if answer == "y":
-        assert (process.returncode, json.loads(out)) == (0, {"deleted": "exp-1"})
+        assert (process.returncode, json.loads(out)) == (
+            0,
+            {"deleted": ["exp-1"], "freed_bytes": 0},
+        )
         with pytest.raises(RunNotFound):
             store.get("exp-1")
     else:

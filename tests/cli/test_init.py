@@ -1,5 +1,6 @@
 """`init` writes a configuration that can be launched once its data exists."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,21 @@ def test_init_overwrites_nothing(run: Run, tmp_path: Path) -> None:
     assert done.code == 3
     assert "run.yaml already exists" in done.err
     assert (tmp_path / "run.yaml").read_text() == "mine"
+
+
+def test_the_schema_is_printed(run: Run, tmp_path: Path) -> None:
+    """Of all backends, or of the one that is named; nothing is written."""
+    of_all = run("init", "--schema").document
+    of_one = run("init", "--schema", "--backend", "mistral").document
+    assert of_all["properties"]["options"] != of_one["properties"]["options"]
+    assert not (tmp_path / "run.yaml").exists()
+
+
+def test_the_schema_is_written_for_editors(run: Run, tmp_path: Path) -> None:
+    """The first line names the file beside it, which editors read without a network."""
+    done = run("init", "--backend", "mistral", "--with-schema", "--json")
+    assert done.document == {"path": "run.yaml", "schema": "run.schema.json"}
+    first, *_ = (tmp_path / "run.yaml").read_text().splitlines()
+    assert first == "# yaml-language-server: $schema=run.schema.json"
+    schema = json.loads((tmp_path / "run.schema.json").read_text())
+    assert schema == run("init", "--schema", "--backend", "mistral").document

@@ -83,7 +83,7 @@ async def test_what_another_project_owns_is_answered_as_if_it_did_not_exist(here
         assert comparable(theirs) == comparable(nobodys), path
         assert theirs.status_code == 404, path
         asked += 1
-    assert asked == 12
+    assert asked == 13
     assert await shown(here, other) == set()
     assert await shown(here) == set(mine.values())
     assert (await here.http.get(f"/v1/models/{mine['model_id']}")).json()["name"] is None

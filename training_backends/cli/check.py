@@ -1,6 +1,7 @@
 """Commands that run before a launch: backends, init, validate, estimate."""
 
 import shlex
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -42,6 +43,7 @@ hyperparameters:
   # batch_size: 8
   # seq_len: 2048          # longer rows are truncated
 {rest}"""
+_DEFAULT_BACKEND: Final = "local"
 _MODELS: Final = {"local": "tiny-mistral", "mistral": "open-mistral-7b"}
 """Models that the templates of the built-in backends start with."""
 
@@ -108,39 +110,69 @@ def _capability_fields(capabilities: dict[str, Any]) -> list[tuple[str, str]]:
 def init(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write.")] = Path("run.yaml"),
     backend: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--backend",
             "-b",
             metavar="NAME",
             help="Backend of the run.",
+            show_default="local",
             autocompletion=complete_backend,
         ),
-    ] = "local",
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema instead; write nothing.")
+    ] = False,
+    with_schema: Annotated[
+        bool,
+        typer.Option("--with-schema", help="Write the JSON Schema beside FILE, for editors."),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Write a commented configuration to start from.
 
-    Never overwrites a file.
+    Never overwrites a file. With --schema and no --backend, the schema is that of all backends.
     """
-    from training_backends import ConfigError
     from training_backends.cli.views.console import stderr, write_json
+    from training_backends.client.config_schema import config_schema
 
-    async def read(client: "AsyncTrainingClient") -> "Capabilities":
-        return client.backend(backend).capabilities
+    if schema and with_schema:
+        raise typer.BadParameter("give --schema or --with-schema, not both", param_hint="--schema")
 
-    text = _template(str(file), backend, with_client(read))
+    async def read(client: "AsyncTrainingClient") -> "tuple[Capabilities | None, dict[str, Any]]":
+        if schema and backend is None:
+            return None, config_schema()
+        found = client.backend(backend or _DEFAULT_BACKEND)
+        return found.capabilities, config_schema(found) if schema or with_schema else {}
+
+    capabilities, document = with_client(read)
+    if schema or capabilities is None:
+        write_json(document)
+        return
+    text = _template(str(file), backend or _DEFAULT_BACKEND, capabilities)
+    written = {"path": str(file)}
+    if with_schema:
+        beside = file.with_suffix(".schema.json")
+        written["schema"] = str(beside)
+        text = f"# yaml-language-server: $schema={beside.name}\n{text}"
+        _write_new(beside, f"{dumps(document, indent=2)}\n")
+    _write_new(file, text)
+    if json:
+        write_json(written)
+        return
+    stderr().print(f"Wrote {file}. Edit it, then:", markup=False)
+    for line in (command("validate", str(file)), command("launch", str(file), "--follow")):
+        stderr().print(f"  {line}", markup=False)
+
+
+def _write_new(file: Path, text: str) -> None:
+    from training_backends import ConfigError
+
     try:
         with file.open("x", encoding="utf-8") as out:
             out.write(text)
     except FileExistsError:
         raise ConfigError(f"{file} already exists.", hint="Choose another file name.") from None
-    if json:
-        write_json({"path": str(file)})
-        return
-    stderr().print(f"Wrote {file}. Edit it, then:", markup=False)
-    for line in (command("validate", str(file)), command("launch", str(file), "--follow")):
-        stderr().print(f"  {line}", markup=False)
 
 
 def _template(file: str, backend: str, capabilities: "Capabilities") -> str:

@@ -3,10 +3,12 @@
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from training_backends.cli.consent import UNSTARTED, agreement, is_under_way, need_consent
+from training_backends.cli.grid import Sweep, read_grid
 from training_backends.cli.session import (
     BackendOption,
     ConfigArgument,
@@ -22,10 +24,9 @@ from training_backends.cli.session import (
     next_commands,
     with_client,
 )
-from training_backends.cli.terminal import ask, no_consent
 
 if TYPE_CHECKING:
-    from training_backends import AsyncTrainingClient, Estimate, TrainingConfig, TrainingRun
+    from training_backends import AsyncTrainingClient, TrainingRun
     from training_backends.cli.exit_codes import Interrupted
     from training_backends.cli.views.launch import LaunchView
     from training_backends.client.journal import OnUpdate
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
     Begin = Callable[[AsyncTrainingClient, LaunchView, OnUpdate], Awaitable[TrainingRun]]
 
 __all__ = ["launch", "resume"]
-
-_UNSTARTED = frozenset({"pending", "validating", "ready"})
-"""Statuses of runs that may not have been started yet."""
 
 FollowOption = Annotated[
     bool, typer.Option("--follow", "-f", help="Stream progress until the run finishes.")
@@ -52,6 +50,12 @@ def launch(
         typer.Option("--id", metavar="ID", help="Your own run id; reuse it to continue a launch."),
     ] = None,
     overrides: SetOption = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--grid", metavar="FIELD=V1,V2", help="Launch a run for each value (repeatable)."
+        ),
+    ] = None,
     follow: FollowOption = False,
     yes: YesOption = False,
     quiet: QuietOption = False,
@@ -59,20 +63,36 @@ def launch(
 ) -> None:
     """Launch a run; return once the backend accepts it.
 
-    Prints the run id on standard output; with --follow, the log instead.
+    Prints the run id on standard output; with --follow, the log instead. --grid launches the
+    product of all its values, as ID-1, ID-2 and so on, with the tag grid=ID.
     """
     from training_backends.client.config_file import load_config
     from training_backends.core.run import new_run_id
 
+    run_id = _given_id(run_id) or new_run_id()
+    again = ["launch", str(config), "--id", run_id]
+    again += ["--backend", backend] if backend else []
+    again += [part for each in overrides or () for part in ("--set", each)]
+    if grid:
+        if follow:
+            raise typer.BadParameter("follow the runs of a grid with `wait`", param_hint="--follow")
+        again += [part for each in grid for part in ("--grid", each)]
+        cells = read_grid(config, overrides or (), grid, run_id)
+        name = backend_of(cells[0].file, backend)
+        sweep = Sweep(run_id, cells, name, backend, again, yes=yes, quiet=quiet, json=json)
+        runs = sweep.run()
+        sweep.show(runs)
+        for run in runs:
+            exit_with(run)
+        return
     file = load_config(config, overrides or ())
     name = backend_of(file, backend)
-    run_id = _given_id(run_id) or new_run_id()
 
     async def begin(
         client: "AsyncTrainingClient", view: "LaunchView", on_update: "OnUpdate"
     ) -> "TrainingRun":
-        if not await _is_under_way(client, run_id):
-            _need_consent(client, name, file.config, yes=yes)
+        if not await is_under_way(client, run_id):
+            need_consent(client, name, file.config, yes=yes)
         return await client.launch(
             file,
             backend=name,
@@ -80,12 +100,9 @@ def launch(
             on_progress=view.progress,
             on_update=on_update,
             on_notice=view.notice,
-            confirm=view.asking(_agree(file.config, yes=yes)),
+            confirm=view.asking(agreement(file.config, yes=yes)),
         )
 
-    again = ["launch", str(config), "--id", run_id]
-    again += ["--backend", backend] if backend else []
-    again += [part for each in overrides or () for part in ("--set", each)]
     with located(file, backend):
         _run(begin, _Launch(run_id, again), follow=follow, quiet=quiet, json=json)
 
@@ -127,14 +144,14 @@ def resume(
             return await client.unpause(old.id)
         config = old.config
         if _can_be_resumed(client, old):
-            _need_consent(client, old.backend, config, yes=yes)
+            need_consent(client, old.backend, config, yes=yes)
         return await client.resume(
             old.id,
             checkpoint=checkpoint,
             new_id=new_id,
             on_progress=view.progress,
             on_update=on_update,
-            confirm=view.asking(_agree(config, yes=yes)),
+            confirm=view.asking(agreement(config, yes=yes)),
         )
 
     again = ["resume", run, "--id", new_id]
@@ -218,20 +235,9 @@ def _given_id(run_id: str | None) -> str | None:
     return run_id
 
 
-async def _is_under_way(client: "AsyncTrainingClient", run_id: str) -> bool:
-    """Return whether the run with this id has already been started."""
-    from training_backends import RunNotFound
-
-    try:
-        known = await client.get(run_id)
-    except RunNotFound:
-        return False
-    return known.id == run_id and known.status not in _UNSTARTED
-
-
 def _can_be_resumed(client: "AsyncTrainingClient", run: "TrainingRun") -> bool:
     """Return whether resuming may start a job, which needs consent."""
-    if run.status in _UNSTARTED:
+    if run.status in UNSTARTED:
         return True
     resumes = client.backend(run.backend).capabilities.resumes
     return resumes != "no" and run.status in {"failed", "cancelled"}
@@ -244,47 +250,3 @@ def _continues_in_place(run_id: str) -> Exception:
         f"Run {run_id} is paused and continues in place, without --checkpoint and --id.",
         hint="Omit these options, or stop the run and resume it as a new one.",
     )
-
-
-def _need_consent(
-    client: "AsyncTrainingClient", backend: str, config: "TrainingConfig", *, yes: bool
-) -> None:
-    """Fail before the upload if consent will be needed and there is no terminal to ask on.
-
-    Raises:
-        UsageError: See above.
-    """
-    if yes or config.budget.max_cost is not None or sys.stdin.isatty():
-        return
-    if client.backend(backend).capabilities.quotes:
-        raise no_consent("This run may cost money", "Pass --yes, or set budget.max_cost.")
-
-
-def _agree(config: "TrainingConfig", *, yes: bool) -> Any:
-    """Return the callback that confirms the cost of a run."""
-    budget = config.budget
-
-    async def agree(estimate: "Estimate") -> bool:
-        from training_backends import BudgetExceeded
-        from training_backends.cli.views.render import price_text
-
-        if yes or budget.decides(estimate):
-            return True
-        price = price_text(estimate)
-        reason, hint = f"This run costs {price}", "Pass --yes, or set budget.max_cost."
-        question = f"Start this run for {price}"
-        if not price:
-            reason, hint = "The price of this run is unknown", "Pass --yes to launch anyway."
-            if budget.max_cost is not None:
-                reason += ", so budget.max_cost cannot be checked"
-            question = f"{reason}. Start it"
-        if not sys.stdin.isatty():
-            error = no_consent(reason, hint)
-            if estimate.basis == "quote":
-                # The job exists by now; on this error the backend cancels it.
-                raise BudgetExceeded(str(error), hint=hint)
-            raise error
-        ours = price_text(estimate.ours) if estimate.ours else None
-        return ask(f"{question}{f' (local estimate: {ours})' if ours else ''}?")
-
-    return agree

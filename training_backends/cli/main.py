@@ -19,6 +19,7 @@ from training_backends.cli import (
     compare,
     data,
     doctor,
+    evaluate,
     keys,
     launch,
     port,
@@ -105,6 +106,7 @@ app.command()(launch.resume)
 app.command()(runs.download)
 app.command()(runs.push)
 app.command()(runs.generate)
+app.command(name="eval")(evaluate.evaluate)
 app.command()(runs.delete)
 app.add_typer(data.data, name="data")
 app.add_typer(keys.credentials, name="credentials")

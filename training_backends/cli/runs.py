@@ -3,7 +3,7 @@
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 
@@ -24,7 +24,6 @@ from training_backends.cli.session import (
     refreshed,
     with_client,
 )
-from training_backends.cli.terminal import ask, no_consent
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -176,9 +175,7 @@ def list_runs(
     from training_backends.cli.views.render import show_age, show_runs
     from training_backends.core.status import TrainingStatus
 
-    if status is not None and status not in list(TrainingStatus):
-        words = ", ".join(TrainingStatus)
-        raise typer.BadParameter(f"{status!r} is not one of: {words}", param_hint="--status")
+    _check_status(status)
     wanted = TrainingStatus(status) if status else None
     tags = _tags(tag or [])
     filtered = bool(backend or status or tags)
@@ -595,7 +592,32 @@ def push(
 
 
 def delete(
-    run: ExactRunArgument,
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN]...",
+            help="Run ids (prefixes are not accepted).",
+            autocompletion=complete_run,
+        ),
+    ] = None,
+    status: Annotated[
+        str | None,
+        typer.Option(
+            "--status",
+            "-s",
+            metavar="STATUS",
+            help="Delete runs with this status.",
+            autocompletion=complete_status,
+        ),
+    ] = None,
+    older_than: Annotated[
+        str | None,
+        typer.Option("--older-than", metavar="AGE", help="Delete runs finished before, as 30d."),
+    ] = None,
+    tag: Annotated[
+        list[str] | None,
+        typer.Option("--tag", "-t", metavar="NAME=VALUE", help="Delete runs with this tag."),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip the confirmation.")] = False,
     record_only: Annotated[
         bool,
@@ -603,34 +625,52 @@ def delete(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Delete a run that is not active, with its model."""
-    from training_backends.cli.exit_codes import Interrupted
+    """Delete runs that are not active, with their models.
+
+    Takes ids, or filters that must all match. Without --status, filters match finished runs only.
+    """
+    from rich.filesize import decimal
+
+    from training_backends.cli.deletion import delete_runs, read_age, select_runs
     from training_backends.cli.views.console import stderr, write_json
 
-    async def forget(client: "AsyncTrainingClient") -> None:
-        found = await client.get(run)
-        if not yes:
-            if not sys.stdin.isatty():
-                raise no_consent("Deleting a run cannot be undone", "Pass --yes.")
-            if not ask(_deletion(found, record_only=record_only)):
-                raise Interrupted("Nothing was deleted.", run_id=run)
-        await client.delete(run, record_only=record_only)
+    _check_status(status)
+    tags = _tags(tag or [])
+    age = read_age(older_than) if older_than is not None else None
+    if bool(runs) == bool(status or tags or age):
+        raise typer.BadParameter("give run ids or filters, one of them", param_hint="RUN")
 
-    with_client(forget)
+    async def forget(client: "AsyncTrainingClient") -> tuple[list[str], int]:
+        if runs:
+            found = [await client.get(run) for run in dict.fromkeys(runs)]
+        else:
+            found = await select_runs(client, status=status, older_than=age, tags=tags)
+        if not found:
+            return [], 0
+        return await delete_runs(client, found, yes=yes, record_only=record_only)
+
+    deleted, freed = with_client(forget)
     if json:
-        write_json({"deleted": run})
-    else:
-        stderr().print(f"Deleted {run}", markup=False)
+        write_json({"deleted": deleted, "freed_bytes": freed})
+        return
+    if not deleted:
+        stderr().print("No runs match these filters.")
+        return
+    what = ", ".join(deleted) if len(deleted) < _FEW else f"{len(deleted)} runs"
+    size = f", freed {decimal(freed)}" if freed else ""
+    stderr().print(f"Deleted {what}{size}", markup=False)
 
 
-def _deletion(run: "TrainingRun", *, record_only: bool) -> str:
-    """Return the confirmation prompt for deleting a run."""
-    if record_only:
-        return f"Delete only the record of {run.id} ({run.status})?"
-    count = len(run.checkpoints)
-    kept = [f"{count} checkpoint{'s' if count > 1 else ''}"] if count else []
-    kept += [f"the model {run.result_model}"] if run.result_model else []
-    return f"Delete {run.id} ({run.status}){' with ' if kept else ''}{' and '.join(kept)}?"
+_FEW: Final = 5
+"""Runs that are named."""
+
+
+def _check_status(status: str | None) -> None:
+    from training_backends.core.status import TrainingStatus
+
+    if status is not None and status not in list(TrainingStatus):
+        words = ", ".join(TrainingStatus)
+        raise typer.BadParameter(f"{status!r} is not one of: {words}", param_hint="--status")
 
 
 def _print(run: "TrainingRun", *, json: bool) -> None:

@@ -1,13 +1,13 @@
 """The asynchronous client: launches, records, observes and controls runs."""
 
 import shutil
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Self
+from typing import TYPE_CHECKING, Self
 from uuid import uuid4
 
 import anyio
@@ -79,6 +79,9 @@ from training_backends.objects.store import ObjectStore, scheme_of
 from training_backends.store import Metrics, RunStore
 from training_backends.store.changes import Changes
 from training_backends.store.salvage import check
+
+if TYPE_CHECKING:
+    from training_backends.client.evaluation import EvaluatedRow, Evaluation, Scorer
 
 __all__ = ["AsyncTrainingClient"]
 
@@ -787,6 +790,47 @@ class AsyncTrainingClient:
         if backend.capabilities.samples:
             _require_model(backend, run, "ask")
         return await backend.sample(run, prompt, max_tokens=max_tokens)
+
+    async def evaluate(
+        self,
+        run_id: str,
+        file: Path | str,
+        *,
+        scorer: "Scorer | None" = None,
+        rows: int | None = None,
+        max_tokens: int = 256,
+        on_row: "Callable[[EvaluatedRow, int], object] | None" = None,
+    ) -> "Evaluation":
+        """Ask the trained model of a run the prompts of a data file and score its answers.
+
+        A row has one user message and the assistant's answer, a `prompt` and a `completion`, or,
+        for a classifier, a text and its labels, whose accuracy is the score. Rows with other
+        messages, such as a system prompt, earlier turns or images, are skipped and counted.
+
+        Args:
+            scorer: Called in a thread with the prompt, the expected and the given answer, one call
+                at a time; default: whether both answers are the same apart from white space.
+            rows: Ask only the first `rows` of these rows; None: all.
+            max_tokens: Maximum tokens of an answer.
+            on_row: Called with each row, in the order of the file, and the number of all rows.
+
+        Raises:
+            DatasetError: The file cannot be read, or has no row that can be asked.
+            TrainingBackendError: As by `sample`.
+        """
+        # Not at all for programs that evaluate nothing.
+        from training_backends.client.evaluation import (  # noqa: PLC0415
+            Evaluation,
+            ask_all,
+            exact_match,
+            read_questions,
+        )
+
+        run = await self.get(run_id)
+        questions, skipped = await to_thread.run_sync(read_questions, Path(file), rows)
+        ask = partial(self.sample, run.id, max_tokens=max_tokens)
+        found = await ask_all(ask, questions, scorer=scorer or exact_match, on_row=on_row)
+        return Evaluation(rows=tuple(found), skipped=skipped)
 
     async def delete(self, run_id: str, *, record_only: bool = False) -> None:
         """Delete a finished run or a draft, here and, if supported, at the provider.

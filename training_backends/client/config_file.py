@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Final, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from training_backends.core.config import TrainingConfig, absolute_options
 from training_backends.core.errors import ConfigError, Issue, suggest
 from training_backends.core.escape import plural
 
-__all__ = ["ConfigFile", "ConfigLike", "load_config", "to_config"]
+__all__ = ["ConfigFile", "ConfigLike", "FileModel", "load_config", "to_config"]
 
 _MOST_NODES = 100_000
 _MOST_BYTES = 4_000_000
@@ -41,10 +41,10 @@ _FORMERLY: Final = {"tags": "labels"}
 """Renamed fields, and what earlier versions called them."""
 
 
-class _FileModel(TrainingConfig):
+class FileModel(TrainingConfig):
     """The schema of a configuration file."""
 
-    backend: str | None = None
+    backend: str | None = Field(default=None, description="Name of the backend.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class ConfigFile:
 
     def _located(self, issue: Issue) -> Issue:
         location = issue.field.split(".") if issue.field else []
-        if issue.path is not None or not location or location[0] not in _FileModel.model_fields:
+        if issue.path is not None or not location or location[0] not in FileModel.model_fields:
             return issue
         path, line = self._places.of(location)
         return replace(issue, path=path, line=line)
@@ -156,7 +156,7 @@ def _checked(values: dict[str, Any], places: _Places) -> tuple[TrainingConfig, s
     if issues := list(_control_issues(places, values)):
         raise _error(places.path, *issues)
     try:
-        loaded = _FileModel.model_validate(_given(values))
+        loaded = FileModel.model_validate(_given(values))
     except ValidationError as error:
         raise _error(places.path, *_issues(error, places)) from None
     config = TrainingConfig.model_validate(loaded.model_dump(exclude={"backend"}))
@@ -441,7 +441,7 @@ def _line(root: yaml.Node | None, location: Sequence[int | str]) -> int | None:
 
 def _fields_at(location: Sequence[int | str]) -> list[str]:
     """Return the field names of the model at `location`."""
-    model: type[BaseModel] | None = _FileModel
+    model: type[BaseModel] | None = FileModel
     for part in location:
         if isinstance(part, int) or model is None:
             continue

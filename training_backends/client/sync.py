@@ -228,6 +228,7 @@ class TrainingClient:
     push = _blocking(AsyncTrainingClient.push)
     publish = _blocking(AsyncTrainingClient.publish)
     sample = _blocking(AsyncTrainingClient.sample)
+    evaluate = _blocking(AsyncTrainingClient.evaluate)
     delete = _blocking(AsyncTrainingClient.delete)
     check_store = _blocking(AsyncTrainingClient.check_store)
     recover_store = _blocking(AsyncTrainingClient.recover_store)

@@ -86,8 +86,9 @@ class PartUploads:
         self._locks: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
 
     async def open(self) -> None:
-        """Remove what a crash left behind."""
-        await self._expire()
+        """Remove what a crash left behind; in shared storage, `sweep` does."""
+        if not self._blobs.is_shared:
+            await self._expire()
 
     async def sweep(self) -> None:
         """Expire uploads periodically; runs until cancelled."""

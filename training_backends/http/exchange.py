@@ -153,7 +153,7 @@ class HttpExchange:
         attributes = {
             "http.request.method": method,
             "url.template": route,
-            "server.address": server.host,
+            "server.address": server.raw_host.decode(),
             "server.port": server.port,
         }
         return span(f"{method} {route}", outgoing=True, **attributes)
