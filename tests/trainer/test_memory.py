@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.trainer.continuing import before_its_end, train_to_continue
 from tests.trainer.plain import save_tiny
 from training_backends.rundir.directory import MetricsRow, RunDir, TrainerExitCode
 from training_backends.trainer.errors import TrainerError
@@ -154,11 +155,11 @@ def test_a_continued_run_keeps_to_what_fitted(
     """Bit-equal to the run that was not stopped, although the rows would all fit again."""
     common = {"training_steps": 6, "checkpoint_every": 2, "validation": []}
     short.fits, short.from_batch = 2, 1  # from the second step on
-    run = make_run(tmp_path / "r", **common)
-    assert train(run.path) is TrainerExitCode.DONE
-    whole = numbers(run)
+    finished = make_run(tmp_path / "r", **common)
+    assert train_to_continue(finished) is TrainerExitCode.DONE
+    whole = numbers(finished)
     short.fits = 99
-    run.exit.unlink()
+    run = before_its_end(finished, tmp_path / "again")
     for name in ("step-4", "step-6"):
         (run.checkpoints / name / "state.json").unlink()
     assert train(run.path) is TrainerExitCode.DONE

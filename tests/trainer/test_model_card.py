@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from tests.trainer.continuing import before_its_end, train_to_continue
 from tests.trainer.plain import save_tiny
 from training_backends.core.files import digest_of
 from training_backends.rundir.directory import (
@@ -161,9 +162,9 @@ def test_data_that_changed_behind_a_checkpoint_is_said(
     copy = tmp_path / "train.jsonl"
     copy.write_bytes((data / "train.jsonl").read_bytes())
     changes = {"training_steps": 4, "checkpoint_every": 2, "validation": [], "train": [copy]}
-    run = make_run(tmp_path / "r", **changes)
-    assert train(run.path) is TrainerExitCode.DONE
-    run.exit.unlink()
+    finished = make_run(tmp_path / "r", **changes)
+    assert train_to_continue(finished) is TrainerExitCode.DONE
+    run = before_its_end(finished, tmp_path / "again")
     (run.checkpoints / "step-4" / "state.json").unlink()
     copy.write_bytes(b"".join(reversed(copy.read_bytes().splitlines(keepends=True))))
     assert train(run.path) is TrainerExitCode.DONE
