@@ -146,7 +146,7 @@ async def test_a_killed_server_is_replaced(servers: Servers, models: list[Path])
     """Its requests fail as ones to retry, and the next one is answered by another process."""
     async with servers() as pool:
         async with pool.using(models[0]) as client:
-            pid = (await client.json("GET", "/"))["pid"]
+            pid = int((await client.json("GET", "/"))["pid"])
             os.kill(pid, signal.SIGKILL)
             await until(lambda: not runs(pid))
             with pytest.raises(BackendUnavailable) as lost:
