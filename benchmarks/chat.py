@@ -62,7 +62,7 @@ async def stream(place: Place, tokens: int) -> Told:
     """Chat once, and count the events as they arrive."""
     body = {
         "model": place.model,
-        "messages": [{"role": "user", "content": "What is 2 plus 2?"}],
+        "messages": [{"role": "user", "content": "Write a long story about a lighthouse."}],
         "max_tokens": tokens,
         "stream": True,
     }
