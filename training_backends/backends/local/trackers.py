@@ -47,6 +47,6 @@ def _missing(entry: Integration, place: str, interpreter: Interpreter | None) ->
     if interpreter is None or not interpreter.is_this:
         return None
     if missing := [name for name in tracker.requires if not interpreter.has(name)]:
-        message = f"{entry.type} requires {', '.join(missing)}"
+        message = f"the package {', '.join(missing)} is not installed"
         return Issue(code="not_installed", message=message, field=place, fix=tracker.install)
     return None
