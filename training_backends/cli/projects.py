@@ -135,10 +135,10 @@ def set_project(
     if json:
         write_json(asdict(changed))
         return
-    told = {limit: f"{value:,}" for limit, value in limits.items()} | dict.fromkeys(
+    texts = {limit: f"{value:,}" for limit, value in limits.items()} | dict.fromkeys(
         lifted, "lifted"
     )
-    shown = ", ".join(f"{limit.replace('_', ' ')} {what}" for limit, what in told.items())
+    shown = ", ".join(f"{limit.replace('_', ' ')} {what}" for limit, what in texts.items())
     stderr().print(f"Project {name}: {shown}.", markup=False)
 
 

@@ -109,7 +109,7 @@ def configure_logs(
 
 
 def json_log(stream: TextIO | None = None) -> Any:
-    """Return a logger that writes every event as a JSON line, whatever `configure_logs` was told.
+    """Return a logger that writes every event as a JSON line, independent of `configure_logs`.
 
     Args:
         stream: Default: standard error.

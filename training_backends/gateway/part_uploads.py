@@ -42,7 +42,7 @@ LASTS: Final = 3600.0
 """Seconds from the creation of an upload to its expiry, as at OpenAI."""
 SWEEP_EVERY: Final = 300.0
 _REMEMBERED: Final = 86400.0
-"""Seconds for which an upload that is over is known, for clients that repeat a request."""
+"""Seconds for which a finished upload is known, for clients that repeat a request."""
 _MAX_PART: Final = 64 * 2**20
 """Bytes; the official Python client sends parts of this size."""
 _MOST_PARTS: Final = 5000
@@ -159,7 +159,7 @@ class PartUploads:
         """Receive a part and return its row; parts may arrive in parallel and in any order.
 
         Raises:
-            HTTPProblem: There is no such upload, it is over, or the part is too large.
+            HTTPProblem: There is no such upload, it has ended, or the part is too large.
         """
         pending = await self._store.aread(lambda c: _pending(c, upload_id, caller))
         limit = min(_MAX_PART, pending.bytes)
@@ -382,7 +382,7 @@ def _end(connection: sa.Connection, upload_id: str, status: str, **values: Any) 
     pending = uploads.c.id == upload_id, uploads.c.status == "pending"
     changed = connection.execute(uploads.update().where(*pending).values(status=status, **values))
     if not changed.rowcount:  # by another gateway, meanwhile
-        raise problem(wrong_state("The upload is over."))
+        raise problem(wrong_state("The upload has ended."))
 
 
 def _form(row: Any) -> Upload:

@@ -244,7 +244,7 @@ def _count(connection: sa.Connection, project: str, which: sa.ColumnElement[bool
 
 
 def _exceeded(sentence: str) -> HTTPProblem:
-    # A repetition within seconds is useless, so the OpenAI clients are told not to try.
+    # A repetition within seconds is useless; `x-should-retry` keeps OpenAI's clients from it.
     headers = {"retry-after": _RETRY_AFTER, "x-should-retry": "false"}
     return HTTPProblem(429, {"detail": sentence, "code": "insufficient_quota"}, headers)
 

@@ -32,7 +32,7 @@ class _Kept:
 
     Attributes:
         version: That of the store before it was computed.
-        route: What the framework found for the path, for whoever counts requests.
+        route: What the framework found for the path, to count requests by.
         done: Set when it is there, or cannot be kept.
     """
 
@@ -100,7 +100,7 @@ class ReadCache:
             else:  # sent in parts
                 entry.start = None
             if entry.start is None:
-                entry.done.set()  # nobody waits for what is not kept, such as a download
+                entry.done.set()  # no request waits for what is not kept, such as a download
             await send(message)
 
         try:

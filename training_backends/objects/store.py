@@ -263,7 +263,7 @@ class ObjectStore:
             return None
 
     def abort_uploads(self, directory: str, *, before: float) -> int:
-        """Discard the parts of uploads that nobody finished; return their number.
+        """Discard the parts of unfinished uploads; return their number.
 
         Google Cloud Storage and Azure discard them by themselves after a week.
 

@@ -51,7 +51,7 @@ class RunChange:
 
 
 class Changes:
-    """The changes of one store, told to the tasks of one event loop."""
+    """The changes of one store, for the tasks of one event loop."""
 
     def __init__(self, database: Database, url: str) -> None:
         self._database = database
@@ -83,7 +83,7 @@ class Changes:
                     await self._disconnect()
 
     async def until(self, change: RunChange) -> None:
-        """Return once a change is told. One of the waiting tasks reads for all."""
+        """Return once a change is reported. One of the waiting tasks reads for all."""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._read)
             await change.event.wait()
@@ -108,8 +108,8 @@ class Changes:
                     )
                     await connection.execute(f"LISTEN {CHANNEL}")
                     await to_thread.run_sync(self._database.announce, token)
-                    async for told in connection.notifies():
-                        if told.payload == token:
+                    async for notice in connection.notifies():
+                        if notice.payload == token:
                             break
             except (psycopg.Error, StoreError, OSError, TimeoutError):
                 self._polls_until = anyio.current_time() + _RETRY_AFTER
@@ -123,9 +123,9 @@ class Changes:
 
         async with self._reading:
             try:
-                async for told in self._connection.notifies():
+                async for notice in self._connection.notifies():
                     for change in self._waiting:
-                        if told.payload in change.run_ids:
+                        if notice.payload in change.run_ids:
                             change.event.set()
             except (psycopg.Error, OSError, AttributeError):
                 self._polls_until = anyio.current_time() + _RETRY_AFTER

@@ -223,7 +223,7 @@ audit = sa.Table(
     sa.Index("gateway_audit_by_time", "at"),
 )
 
-# Files that are uploaded in parts; rows stay when an upload is over.
+# Files that are uploaded in parts; rows stay when an upload has ended.
 uploads = sa.Table(
     "gateway_uploads",
     metadata,

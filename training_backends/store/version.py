@@ -1,7 +1,7 @@
 """The version of a store: a value that differs after every commit, cheap enough to ask each time.
 
 Whoever remembers something that was read from a store may use it again while the version is the
-same. It is asked anew for every use, so what another process has changed is never missed.
+same. It is queried for every use, so what another process has changed is never missed.
 """
 
 import sqlite3
@@ -25,7 +25,7 @@ _PATIENCE: Final = 1.0
 
 @dataclass(slots=True)
 class _Asked:
-    """A question that has not been sent yet; whoever comes until then gets its answer, too."""
+    """A query that has not been sent yet; all callers until then share its answer."""
 
     answered: anyio.Event = field(default_factory=anyio.Event)
     answer: Hashable = None

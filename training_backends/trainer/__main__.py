@@ -195,7 +195,7 @@ def _exit_with_parent() -> None:
 def _exit(code: int) -> NoReturn:
     """Exit without freeing what the kernel frees, which takes torch a second."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # the disk is full, or nobody reads
+        with suppress(OSError):  # the disk is full, or the pipe is closed
             stream.flush()
     os._exit(code)
 

@@ -139,7 +139,7 @@ class _Follower:
                 failing = False
                 backoff.reset()
                 time.sleep(_POLL)
-            except Exception as error:  # whatever a tracker raises; the run goes on
+            except Exception as error:  # whatever a tracker raises; the run is not affected
                 self._forget_tracker()
                 if not failing:
                     self._warn(error)
