@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import httpx
 import pytest
 from anyio.abc import SocketAttribute, SocketStream
@@ -22,6 +23,7 @@ from training_backends.backends.mistral.settings import MistralSettings
 from training_backends.core.backend import CredentialSource
 from training_backends.core.config import TrainingConfig
 from training_backends.core.run import TrainingRun
+from training_backends.gateway.audit import AuditLog
 from training_backends.gateway.weights import TarArchive, read_range
 
 pytestmark = pytest.mark.anyio
@@ -69,6 +71,15 @@ async def test_an_archive_holds_every_file_and_names_its_digest(
             if (file := archive.extractfile(member)) is not None
         }
     assert found == FILES
+
+
+async def test_a_download_is_in_the_audit_log(here: Site, directory: Path) -> None:
+    """Weights are worth as much as the data that they learned from."""
+    path = await trained(here, directory)
+    await here.http.get(path)
+    log = AuditLog(here.served.gateway.store)
+    found = await anyio.to_thread.run_sync(lambda: [*log.entries()])
+    assert (found[-1]["action"], found[-1]["target"]) == ("weights.download", path.split("/")[3])
 
 
 async def test_ranges_are_parts_of_the_archive(here: Site, directory: Path) -> None:

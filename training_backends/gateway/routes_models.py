@@ -91,6 +91,7 @@ async def download_weights(
     headers["content-length"] = str(stop - start)
     if found:
         headers["content-range"] = f"bytes {start}-{stop - 1}/{archive.size}"
+    await gateway.store.awrite(lambda c: caller.record(c, "weights.download", model_id))
 
     async def answer(send: Send) -> None:
         fields = [(name.encode(), value.encode()) for name, value in headers.items()]
