@@ -93,8 +93,17 @@ class Site:
         return job
 
     async def until(self, job_id: str, *statuses: str) -> dict[str, Any]:
-        """Wait until a job has one of these statuses."""
-        return await until(lambda: self.get(job_id), lambda job: job["status"] in statuses)
+        """Wait until a job has one of these statuses, and its events show it.
+
+        The events are those of the run's log, which may be a moment behind the status.
+        """
+
+        def reached(job: dict[str, Any]) -> bool:
+            shown = {event["data"].get("status") for event in job["events"]}
+            status = job["status"]
+            return status in statuses and (status != "RUNNING" or status in shown)
+
+        return await until(lambda: self.get(job_id), reached)
 
     async def started(self, **fields: Any) -> tuple[str, str]:
         """Create and start a job; return its id and the id that the backend gave it."""
