@@ -10,6 +10,7 @@ from tests.client.conftest import MakeConfig, both_stores
 from tests.waiting import until
 from training_backends import (
     AsyncTrainingClient,
+    BackendUnavailable,
     Failure,
     RunFailed,
     RunNotFound,
@@ -245,6 +246,22 @@ async def test_a_backend_that_cannot_resume_ends_with_the_first_failure(
         with pytest.raises(RunFailed) as error:
             await client.run(make_config(), backend="scripted", run_id="mine")
     assert isinstance(error.value.__cause__, UnsupportedOperation)
+
+
+async def test_an_outage_while_resuming_is_not_a_failure_of_the_run(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """The next call continues with the same attempt."""
+    await client.launch(make_config(), backend="scripted", run_id="mine")
+    await _fail(backend, 1)
+    backend.before_create = backend.refusing(BackendUnavailable("away", sent=False))
+    with pytest.raises(BackendUnavailable):
+        await client.run(make_config(), backend="scripted", run_id="mine")
+    backend.before_create = lambda: None
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: client.run(make_config(), backend="scripted", run_id="mine"))
+        backend.finish(await _job(backend, 2))
+    assert (await client.get("mine-r1")).status is TrainingStatus.COMPLETED
 
 
 async def test_what_a_callback_raises_leaves_the_run_running(

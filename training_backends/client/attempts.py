@@ -10,7 +10,7 @@ from anyio import get_cancelled_exc_class, to_thread
 
 from training_backends.client.follow import Following
 from training_backends.client.launch import RunRecords
-from training_backends.core.errors import RunNotFound, TrainingBackendError
+from training_backends.core.errors import RunNotFound, TrainingBackendError, UnsupportedOperation
 from training_backends.core.logging import get_logger
 from training_backends.core.run import LogRecord, RunFailed, TrainingRun, run_id_from
 from training_backends.core.status import TrainingStatus
@@ -116,7 +116,7 @@ class Attempts:
         log.warning("run is resumed", run_id=run.id, new_run_id=new_id, reason=reason)
         try:
             return await self._resume(run.id, new_id=new_id)
-        except TrainingBackendError as error:
+        except UnsupportedOperation as error:
             raise _failed(run) from error
 
     async def _stop_cancelled(self, run_id: str) -> None:
