@@ -1,7 +1,7 @@
 """What clients ask of a gateway and what it repeats, below HTTP, to compare stores of any size."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -70,12 +70,17 @@ async def filled_gateway(
         settings, home=home, url="http://localhost", backend="scripted", backends=backends
     ) as gateway:
         url = database_url(gateway.home, store_url)
-        with closing(GatewayStore(url)) as store, closing(RunStore(url)) as runs:
-            services: tuple[Any, ...] = (gateway.jobs, gateway.files, gateway.models)
-            for service in (*services, gateway.checkpoints):
-                service._store = store
+        store = await to_thread.run_sync(GatewayStore, url)
+        runs = await to_thread.run_sync(RunStore, url)
+        services: tuple[Any, ...] = (gateway.jobs, gateway.files, gateway.models)
+        for service in (*services, gateway.checkpoints):
+            service._store = store
+        try:
             operations = _operations(gateway, store, runs, count)
             yield FilledGateway(stores=(store, runs), operations=operations)
+        finally:
+            await to_thread.run_sync(store.close)
+            await to_thread.run_sync(runs.close)
 
 
 def _operations(

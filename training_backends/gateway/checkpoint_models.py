@@ -24,8 +24,9 @@ from training_backends.gateway.jobstore import (
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.store import GatewayStore
 from training_backends.store.gateway_schema import jobs
+from training_backends.store.runs import among
 
-__all__ = ["CheckpointModel", "CheckpointModels", "job_of_key"]
+__all__ = ["CheckpointModel", "CheckpointModels", "job_of_key", "jobs_in"]
 
 _STEP: Final = "-step-"
 _LONGEST_STEP: Final = 19
@@ -117,14 +118,22 @@ class CheckpointModels:
 
     async def sweep(self) -> None:
         """Remove incomplete checkpoints, and those of deleted models."""
+        found = await to_thread.run_sync(jobs_in, self._directory)
         query = sa.select(jobs.c.id).where(jobs.c.history.is_(None))
-        kept = await self._store.aread(lambda c: {*c.execute(query).scalars()})
+        kept = await self._store.aread(
+            lambda connection: {row.id for row in among(connection, query, jobs.c.id, found)}
+        )
         await to_thread.run_sync(_sweep, self._directory, kept)
 
 
 def job_of_key(key: str) -> str:
     """Return the id of the job in the name of a checkpoint's directory."""
     return key.partition(_STEP)[0]
+
+
+def jobs_in(directory: Path) -> set[str]:
+    """Return the ids of the jobs with files in a directory of models or checkpoints."""
+    return {job_of_key(path.name) for path in directory.glob("*")}
 
 
 def _sweep(directory: Path, kept: Collection[str]) -> None:
