@@ -166,6 +166,7 @@ def _copies(connection: sa.Connection, job_id: str, count: int) -> dict[sa.Table
             {
                 "id": new_id,
                 "created_at": age,
+                "modified_at": age,
                 "status": f"CASE WHEN {runs_now} THEN 'RUNNING' ELSE 'SUCCESS' END",
                 "cleaned_up": f"CASE WHEN {runs_now} THEN {false} ELSE {true} END",
                 "fine_tuned_model": f"'ft:m:' || {hexed}",

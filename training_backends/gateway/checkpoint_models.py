@@ -18,6 +18,7 @@ from training_backends.gateway.job_events import JobCheckpoint, kept_checkpoints
 from training_backends.gateway.jobstore import (
     CHECKPOINT_MARK,
     JOB_DIGITS,
+    OWNER,
     begins_with,
     model_name,
 )
@@ -151,7 +152,7 @@ def _job(connection: sa.Connection, name: str, organization_id: str, caller: Pri
     tag = name.rpartition(":")[2]
     if len(tag) != JOB_DIGITS:
         return None
-    mine = begins_with(tag), caller.sees(jobs.c.project)
+    mine = begins_with(tag), caller.sees(OWNER)
     for row in connection.execute(sa.select(jobs).where(*mine, jobs.c.history.is_(None))):
         # Until a job has finished, its checkpoints have the date of its creation.
         names = (model_name(row, organization_id, at) for at in (row.created_at, row.modified_at))
