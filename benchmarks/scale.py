@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import json
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -46,13 +47,15 @@ ROW: Final = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant
 REPEATS: Final = 60
 WARM: Final = 5
 """Calls before those that count."""
+FILLED: Final = "filled"
+"""Name of the file that says so."""
 JOBS: Final = "/v1/fine_tuning/jobs"
 NAMES: Final = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
 
 
 async def filled(home: Path, store_url: str | None, count: int) -> None:
     """Fill a new store, unless that was done before."""
-    done = home / "filled"
+    done = home / FILLED
     if done.exists():
         return
     settings = GatewaySettings(api_key=SecretStr(KEY), store_url=store_url)
@@ -154,12 +157,17 @@ def main() -> None:
             server = None
             if name == "postgresql":
                 assert programs() is not None, "PostgreSQL is not installed"
-                server = stack.enter_context(Postgres(directory / name))
+                kept = directory / name if options.keep else None
+                server = stack.enter_context(Postgres(kept))
             places = {}
             for count in counts:
-                url = server.place(f"runs_{count}") if server else None
-                places[count] = directory / f"{name}-{count}", url
-                places[count][0].mkdir(exist_ok=True)
+                home, schema = directory / f"{name}-{count}", f"runs_{count}"
+                if not (home / FILLED).exists():  # or not to the end
+                    shutil.rmtree(home, ignore_errors=True)
+                    home.mkdir()
+                    if server is not None:
+                        server.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
+                places[count] = home, server.place(schema) if server else None
             rows = asyncio.run(measured(places))
         unit = "instructions" if name == "sqlite" else "pages"
         columns = [NAMES[name], *(f"{count:,}" for count in counts), "ratio", unit]
