@@ -232,6 +232,36 @@ async def test_a_run_that_somebody_stopped_stays_stopped(
     assert len(backend.created) == 1
 
 
+async def test_without_following_it_returns_the_newest_run(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Who waits elsewhere repeats the call: it resumes a finished run, returns it or raises."""
+
+    async def step() -> TrainingRun:
+        return await client.run(make_config(), backend="scripted", run_id="mine", follow=False)
+
+    assert (await step()).id == "mine"
+    await _fail(backend, 1)
+    await client.wait("mine")
+    assert [(await step()).id, (await step()).id] == ["mine-r1", "mine-r1"]
+    backend.finish(backend.created[1])
+    await client.wait("mine-r1")
+    assert (await step()).status is TrainingStatus.COMPLETED
+    assert len(backend.created) == 2
+
+
+async def test_a_stop_may_leave_the_run_to_be_resumed(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """For orchestrators that tell of a killed task by a call, not by cancelling one."""
+    await client.launch(make_config(), backend="scripted", run_id="mine")
+    await client.stop("mine", resumable=True)
+    backend.say(backend.created[0], TrainingStatus.CANCELLED)
+    await client.wait("mine")
+    run = await client.run(make_config(), backend="scripted", run_id="mine", follow=False)
+    assert (run.id, run.resumed_from) == ("mine-r1", "mine")
+
+
 async def test_a_backend_that_cannot_resume_ends_with_the_first_failure(
     make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

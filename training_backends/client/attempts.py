@@ -62,17 +62,21 @@ class Attempts:
         launch: Callable[[], Awaitable[TrainingRun]],
         *,
         attempts: int,
+        follow: bool,
         on_record: OnRecord | None,
         stop_on_cancel: bool,
     ) -> TrainingRun:
-        """Return the completed run; see `AsyncTrainingClient.run`."""
+        """Return the completed run, or the newest; see `AsyncTrainingClient.run`."""
         current = run_id
         try:
             await launch()
             run, number = await self._newest(run_id)
             while True:
                 current = run.id
-                run = await self._finished(run, on_record)
+                if follow:
+                    run = await self._finished(run, on_record)
+                elif not run.status.is_terminal:
+                    return run
                 if run.status is TrainingStatus.COMPLETED:
                     return run
                 if number >= attempts or not await self._may_resume(run):
@@ -84,6 +88,11 @@ class Attempts:
             if stop_on_cancel:
                 await self._stop_cancelled(current)
             raise
+
+    async def note_stop(self, run_id: str) -> None:
+        """Note that a run was stopped with its caller, so that a repeated call resumes it."""
+        note = partial(self._store.finish, run_id, _STOPPED_ON_CANCEL, result=True)
+        await to_thread.run_sync(note)
 
     async def _newest(self, run_id: str) -> tuple[TrainingRun, int]:
         """Return the last attempt made by this or an earlier call, and its number."""
@@ -124,8 +133,7 @@ class Attempts:
             try:
                 with suppress(RunNotFound):  # nothing was launched yet
                     await self._stop(run_id)
-                    note = partial(self._store.finish, run_id, _STOPPED_ON_CANCEL, result=True)
-                    await to_thread.run_sync(note)
+                    await self.note_stop(run_id)
             except TrainingBackendError as error:
                 log.warning("run not stopped", run_id=run_id, reason=error.message)
         if limit.cancelled_caught:

@@ -310,6 +310,7 @@ class AsyncTrainingClient:
         backend: str,
         run_id: str | None = None,
         attempts: int = 3,
+        follow: bool = True,
         on_record: OnRecord | None = None,
         stop_on_cancel: bool = True,
         confirm: Confirm | None = None,
@@ -323,6 +324,8 @@ class AsyncTrainingClient:
         Args:
             run_id: Your own id, see `run_id_from`; default: a generated one.
             attempts: Most runs in all, including those of earlier calls.
+            follow: False returns the newest run as soon as the provider has accepted it. Repeat
+                the call once that run has finished, which resumes it, returns it or raises.
             on_record: Called with every log record of the run that is followed, from its first.
                 An exception that it raises ends the call; the run keeps running.
             stop_on_cancel: Stop the run, with a checkpoint if the backend can, when this call is
@@ -341,6 +344,7 @@ class AsyncTrainingClient:
             run_id,
             partial(self.launch, config, backend=backend, run_id=run_id, confirm=confirm),
             attempts=attempts,
+            follow=follow,
             on_record=on_record,
             stop_on_cancel=stop_on_cancel,
         )
@@ -592,13 +596,16 @@ class AsyncTrainingClient:
             hint="Wait again with a longer timeout, or check with `status`.",
         )
 
-    async def stop(self, run_id: str, *, save_checkpoint: bool = True) -> TrainingRun:
+    async def stop(
+        self, run_id: str, *, save_checkpoint: bool = True, resumable: bool = False
+    ) -> TrainingRun:
         """Ask the provider to stop a run, which may take a while.
 
         Safe to repeat. A run that was never launched is cancelled immediately.
 
         Args:
             save_checkpoint: Save the progress so far, if the provider can.
+            resumable: Let a repeated call of `run` resume it, instead of raising `RunFailed`.
 
         Raises:
             UnsupportedOperation: Another process is launching the run, and it has no job yet
@@ -607,7 +614,10 @@ class AsyncTrainingClient:
         run = await self.get(run_id)
         if not run.status.is_terminal:
             await self._observer.require_here(run, "stop")
-        return await self._steering.stop(run, save_checkpoint=save_checkpoint)
+        stopped = await self._steering.stop(run, save_checkpoint=save_checkpoint)
+        if resumable:
+            await self._attempts.note_stop(run_id)
+        return stopped
 
     async def pause(self, run_id: str) -> TrainingRun:
         """Ask the provider to pause a run, which may take a while.
