@@ -101,7 +101,9 @@ def _values(record: LogRecord) -> Mapping[str, float]:
     return {name: value for name, value in record.fields.items() if isinstance(value, float)}
 
 
-def _metadata(run: TrainingRun) -> Mapping[str, Any]:
+def _metadata(run: TrainingRun | None) -> Mapping[str, Any]:
+    if run is None:
+        return {}
     found: dict[str, Any] = {**run.metrics, "run": run.id}
     if run.result_model:
         found["model"] = run.result_model
