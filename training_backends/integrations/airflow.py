@@ -172,7 +172,9 @@ class TrainingRunOperator(BaseOperator):  # type: ignore[misc]
                 follow=False,
             )
         except TrainingBackendError as error:
-            if error.retryable and not isinstance(error, RunFailed):
+            if isinstance(error, RunFailed):
+                ti.xcom_push(key=_RUN_ID, value=error.run_id)
+            elif error.retryable:
                 raise
             raise AirflowFailException(str(error)) from error
         if run.id != self._current:

@@ -47,8 +47,8 @@ class DspyTrainingJob(TrainingJob):  # type: ignore[misc]  # an optional package
         with TrainingClient() as client:
             try:
                 run = client.status(self.run_id)
-            except RunNotFound:
-                return DspyStatus.not_started
+            except RunNotFound:  # it is being prepared, or was refused
+                return DspyStatus.failed if self.done() else DspyStatus.not_started
         return DspyStatus(_STATUSES.get(run.status, "pending"))
 
     def cancel(self) -> bool:
