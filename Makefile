@@ -10,7 +10,8 @@ LOWEST := .cache/lowest
 LOWEST_TOOLS := blockbuster hypothesis opentelemetry-sdk pytest pytest-timeout pytest-xdist
 LOWEST_TESTS := tests/core tests/http tests/protocols tests/credentials tests/client \
 	tests/cli/test_main.py tests/cli/test_doctor.py tests/cli/test_render.py
-ORCHESTRATORS := prefect==3.9.1 dagster==1.13.29 apache-airflow==3.3.2 dspy==3.4.1
+ORCHESTRATORS := prefect==3.9.1 dagster==1.13.29 apache-airflow==3.3.2 dspy==3.4.1 \
+	nbclient==0.11.0+ipykernel==7.4.0
 TRACKERS := .cache/trackers
 TRACKER_TOOLS := blockbuster hypothesis openai==3.57.0 pytest pytest-timeout pytest-xdist
 EXTRAS := gateway,local,parquet,postgres,qlora,s3,tokens,zstd
@@ -56,7 +57,7 @@ test-trackers: ## Report runs to a real MLflow server and to offline W&B (minute
 test-orchestrators: $(VENV)/.dev ## Train from Prefect, Dagster, Airflow, DSPy and Jupyter (minutes)
 	@for tool in $(ORCHESTRATORS); do \
 	  env=.cache/$${tool%%==*}; test -x $$env/bin/python || $(PYTHON) -m venv $$env; \
-	  $$env/bin/pip install --quiet $$tool --editable . || exit 1; \
+	  $$env/bin/pip install --quiet $$(echo $$tool | tr + ' ') --editable . || exit 1; \
 	done
 	$(BIN)/pytest -m orchestrators --timeout 900 tests/e2e/test_orchestrators.py
 

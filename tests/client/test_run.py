@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from unittest.mock import Mock
 
 import anyio
 import pytest
@@ -12,14 +13,17 @@ from training_backends import (
     AsyncTrainingClient,
     BackendUnavailable,
     Failure,
+    LogRecord,
     RunFailed,
     RunNotFound,
     TrainingClient,
+    TrainingConfig,
     TrainingRun,
     TrainingStatus,
     UnsupportedOperation,
     run_id_from,
 )
+from training_backends.client.notebook import NotebookProgress
 from training_backends.core.capabilities import Capabilities
 from training_backends.core.run import RUN_ID_PATTERN
 from training_backends.testing.backend import ScriptedBackend
@@ -328,6 +332,23 @@ def test_the_synchronous_client_has_it_too(
         backend.finish(backend.created[0])
         run = client.run(make_config(), backend="scripted", run_id="mine")
     assert run.status is TrainingStatus.COMPLETED
+
+
+def test_the_progress_of_a_long_run_stays_small() -> None:
+    """One display, however many steps; what a notebook stores does not grow with them."""
+    display = Mock()
+    progress = NotebookProgress(display)
+    run = TrainingRun(id="a", backend="scripted", config=TrainingConfig(model="m"))
+    for step in range(50_000):
+        fields = {"train_loss": 1 / (step + 1)}
+        progress.is_due(
+            LogRecord(message="", source="metrics", step=step, fields=fields, cursor=f"{step}")
+        )
+    progress.show(run)
+    progress.show(run)
+    display.assert_called_once()
+    (shown,) = display.return_value.update.call_args.args
+    assert 100 < shown._repr_html_().count(",") < 500
 
 
 @pytest.mark.parametrize(

@@ -83,17 +83,22 @@ def _shortened(found: Mapping[str, Any]) -> dict[str, Any]:
     return {pattern.sub("", name): value for name, value in found.items()}
 
 
-@pytest.mark.parametrize("tool", _TOOLS)
-def test_the_script_trains_a_model(tool: str, tmp_path: Path) -> None:
-    """As it is on the page; the run is complete, and its log came through."""
+def _write_run(directory: Path) -> None:
+    """Write a small configuration of the local backend and its data."""
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
-    (tmp_path / "train.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
-    (tmp_path / "run.yaml").write_text(
+    (directory / "train.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
+    (directory / "run.yaml").write_text(
         "model: tiny-mistral\n"
         "data: {train: train.jsonl}\n"
         "hyperparameters: {training_steps: 2, batch_size: 2}\n"
         "options: {device: cpu}\n"
     )
+
+
+@pytest.mark.parametrize("tool", _TOOLS)
+def test_the_script_trains_a_model(tool: str, tmp_path: Path) -> None:
+    """As it is on the page; the run is complete, and its log came through."""
+    _write_run(tmp_path)
     script, word = _TOOLS[tool]
     printed = _run(tool, script, tmp_path)
     with TrainingClient(home=tmp_path / "home") as client:
@@ -170,3 +175,17 @@ def test_dspy_fine_tunes_at_a_gateway(tmp_path: Path) -> None:
     assert found["tuned"].startswith("openai/ft:tiny-mistral")
     assert "too few rows" in found["failed"]
     assert found["cancelled"][0] in {"cancelled", "running"}
+
+
+def test_a_notebook_shows_the_progress_in_one_place(tmp_path: Path) -> None:
+    """Of a real kernel, with either client; a run itself is shown in the same way."""
+    _write_run(tmp_path)
+    found = _document(_run("nbclient", "jupyter_life.py", tmp_path))
+    shown, messages = found["shown"], found["messages"]
+    assert [len(outputs) for outputs in shown] == [1, 1, 0, 1]
+    assert messages["0 display_data"] == 1
+    assert messages["0 update_display_data"] > 1
+    page = shown[0][0]["text/html"]
+    for part in ("completed", '<progress max="2" value="2">', "2 / 2", "<polyline", "train_loss"):
+        assert part in page
+    assert shown[0][0]["text/plain"].startswith("<TrainingRun nb local completed")

@@ -22,6 +22,7 @@ from training_backends.client.journal import (
 )
 from training_backends.client.launch import RunRecords, Steering
 from training_backends.client.leases import Leases
+from training_backends.client.notebook import notebook_progress
 from training_backends.client.observe import Observer, WatchSettings, last_seen
 from training_backends.client.poller import Poller
 from training_backends.client.preparation import Preparation
@@ -303,6 +304,7 @@ class AsyncTrainingClient:
         attempts: int = 3,
         follow: bool = True,
         on_record: OnRecord | None = None,
+        progress: bool = True,
         stop_on_cancel: bool = True,
         confirm: Confirm | None = None,
     ) -> TrainingRun:
@@ -319,6 +321,7 @@ class AsyncTrainingClient:
                 the call once that run has finished, which resumes it, returns it or raises.
             on_record: Called with every log record of the run that is followed, from its first.
                 An exception that it raises ends the call; the run keeps running.
+            progress: In a notebook, show the run's progress while it is followed.
             stop_on_cancel: Stop the run, with a checkpoint if the backend can, when this call is
                 cancelled. A repeated call then resumes it.
             confirm: See `launch`.
@@ -337,6 +340,7 @@ class AsyncTrainingClient:
             attempts=attempts,
             follow=follow,
             on_record=on_record,
+            progress=notebook_progress() if progress and follow else None,
             stop_on_cancel=stop_on_cancel,
         )
 
