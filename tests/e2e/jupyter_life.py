@@ -11,12 +11,19 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 
-CELLS = [
-    'from training_backends import AsyncTrainingClient, TrainingClient\nwith TrainingClient() as client:\n    run = client.run("run.yaml", backend="local", run_id="nb")\n',
-    'async with AsyncTrainingClient() as client:\n    await client.run("run.yaml", backend="local", run_id="nb")\n',
-    'with TrainingClient() as client:\n    client.run("run.yaml", backend="local", run_id="nb", progress=False)\n',
-    "run\n",
-]
+NOTEBOOK = """\
+from training_backends import AsyncTrainingClient, TrainingClient
+with TrainingClient() as client:
+    run = client.run("run.yaml", backend="local", run_id="nb")
+---
+async with AsyncTrainingClient() as client:
+    await client.run("run.yaml", backend="local", run_id="nb")
+---
+with TrainingClient() as client:
+    client.run("run.yaml", backend="local", run_id="nb", progress=False)
+---
+run
+"""
 messages: Counter[str] = Counter()
 
 
@@ -27,7 +34,9 @@ class Counting(NotebookClient):  # type: ignore[misc]  # of the environment
 
 
 if __name__ == "__main__":
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(it) for it in CELLS])
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(it) for it in NOTEBOOK.split("---\n")]
+    )
     Counting(notebook, timeout=600).execute()
     shown = [
         [output.get("data") for output in cell.outputs if "data" in output]
