@@ -4,17 +4,21 @@ Replaces the text between `<!-- generated: NAME -->` and `<!-- end -->` in each 
 the rest. `--check` changes nothing and exits with 1 if a page is out of date.
 """
 
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from api import api, methods, types
+from reference import OURS, capabilities, mistral_routes, openai_routes, settings
+from typer.testing import CliRunner
+
 from training_backends import backend_class, installed_backends
 from training_backends.cli.exit_codes import ExitCode
+from training_backends.cli.main import app
 from training_backends.core.config import TrainingConfig
 from training_backends.testing.conformance import BackendConformance
 from training_backends.testing.subject import Subject
@@ -112,10 +116,10 @@ def _listed(text: str) -> list[str]:
 
 
 def _help(*words: str) -> str:
-    command = [sys.executable, "-m", "training_backends", *words, "--help"]
-    environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return done.stdout.replace("python -m training_backends", "training-backends").strip()
+    done = CliRunner().invoke(
+        app, [*words, "--help"], prog_name="training-backends", terminal_width=98
+    )
+    return done.output.strip()
 
 
 def config_fields() -> str:
@@ -195,7 +199,14 @@ def _summary(documented: object) -> str:
 
 
 GENERATORS: dict[str, Callable[[], str]] = {
+    "api": api,
     "backends": backends,
+    "client-methods": methods,
+    "types": types,
+    "settings": settings,
+    "mistral-routes": mistral_routes,
+    "openai-routes": openai_routes,
+    **{f"capabilities-{name}": partial(capabilities, name) for name in sorted(OURS)},
     "commands": commands,
     "conformance-checks": conformance_checks,
     "conformance-hooks": conformance_hooks,

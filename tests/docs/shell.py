@@ -127,7 +127,7 @@ def run_in_bash(
 
 def _answer(connection: socket.socket, handlers: Mapping[str, Handler]) -> None:
     with connection:
-        connection.settimeout(30)
+        connection.settimeout(90)
         call = Call(json.loads(connection.makefile().read()))
         done = handlers[call.program](call)
         connection.sendall(

@@ -76,7 +76,7 @@ def sources() -> Iterator[tuple[Path, str]]:
 
 
 def test_pages_that_code_and_messages_name_exist() -> None:
-    """`docs/PAGE.md#HEADING` in a docstring, a message, a comment or the Makefile."""
+    """The path of a page in a docstring, a message, a comment or the Makefile."""
     named = [
         Link(path, text[: found.start()].count("\n") + 1, found[1])
         for path, text in sources()
