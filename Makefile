@@ -76,6 +76,7 @@ check: $(VENV)/.dev ## Lint, types, layers, generated pages, docs
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/zensical build --strict --config-file .mkdocs.yml
+	$(BIN)/python docs/generate.py --site .cache/site
 
 # basedpyright is pyright from PyPI alone, without a download of Node.js.
 verifytypes: $(VENV)/.dev ## Check with pyright what users' type checkers see

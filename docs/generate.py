@@ -1,10 +1,12 @@
-"""Generate the parts of the documentation that come from the code.
+"""Generate the parts of the documentation that come from the code, and docs/llms.txt.
 
 Replaces the text between `<!-- generated: NAME -->` and `<!-- end -->` in each page and keeps
-the rest. `--check` changes nothing and exits with 1 if a page is out of date.
+the rest. `--check` changes nothing and exits with 1 if a page is out of date. `--site DIRECTORY`
+adds to a built site what only language models read: the sources of the pages and llms-full.txt.
 """
 
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from api import api, methods, types
+from llms import full_text, index
 from reference import OURS, capabilities, mistral_routes, openai_routes, settings
 from typer.testing import CliRunner
 
@@ -25,6 +28,7 @@ from training_backends.testing.subject import Subject
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+LLMS = ROOT / "docs" / "llms.txt"
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -215,8 +219,18 @@ GENERATORS: dict[str, Callable[[], str]] = {
 }
 
 
+def complete(site: Path) -> None:
+    """Add the sources of the pages and llms-full.txt to a built site."""
+    for page in (ROOT / "docs").glob("*.md"):
+        shutil.copy(page, site)
+    (site / "llms-full.txt").write_text(full_text(), encoding="utf-8")
+
+
 def main() -> int:
     """Update or check all pages; return the exit code."""
+    if sys.argv[1:2] == ["--site"]:
+        complete(Path(sys.argv[2]))
+        return 0
     check = "--check" in sys.argv[1:]
     stale = []
     for page in PAGES:
@@ -226,6 +240,10 @@ def main() -> int:
             stale.append(page.relative_to(ROOT))
             if not check:
                 page.write_text(fresh, encoding="utf-8")
+    if not LLMS.exists() or LLMS.read_text(encoding="utf-8") != index():
+        stale.append(LLMS.relative_to(ROOT))
+        if not check:
+            LLMS.write_text(index(), encoding="utf-8")
     for page in stale:
         print(f"{page}: {'out of date; run python docs/generate.py' if check else 'updated'}")
     return 1 if check and stale else 0

@@ -213,7 +213,11 @@ FILES = {
 LAUNCHED = {"cli.md": None, "configuration.md": TrainingStatus.COMPLETED}
 LAUNCHED |= {"local.md": TrainingStatus.COMPLETED}
 """Pages that speak of the run `experiment-7` without launching it, with its end."""
-WRITTEN = {"configuration.md": "run.yaml", "data.md": "train.jsonl"}
+WRITTEN = {
+    "configuration.md": "run.yaml",
+    "data.md": "train.jsonl",
+    "index.md": "run.yaml",
+}
 """Files that the commands of a page write."""
 SCRIPTED = {"openai.md": "openai", "ray.md": "ray", "together.md": "together"}
 """The backend whose runs are scripted; on other pages `local`."""

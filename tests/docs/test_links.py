@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import yaml
 
 from tests.pages import DOCS, PAGES, Link, anchors, links, prose
 
@@ -62,6 +63,20 @@ def test_pages_of_the_site_link_only_to_the_site() -> None:
         str(link) for link in INTERNAL if link.page.parent == DOCS and link.target.startswith("../")
     ]
     assert outside == []
+
+
+def test_every_page_is_in_the_navigation_and_in_llms_txt() -> None:
+    """Once; llms.txt has a title, a summary, and sections of links with a description each."""
+    pages = sorted(path.name for path in DOCS.glob("*.md"))
+    sections = yaml.safe_load((ROOT / ".mkdocs.yml").read_text())["nav"]
+    entries = [page for section in sections for each in section.values() for page in each]
+    assert sorted(name for entry in entries for name in entry.values()) == pages
+    title, summary, _, *parts = (DOCS / "llms.txt").read_text().strip().split("\n\n")
+    assert title.startswith("# ")
+    assert summary.startswith("> ")
+    listed = [line for part in parts if not part.startswith("## ") for line in part.splitlines()]
+    found = [re.fullmatch(r"- \[[^]]+\]\(([\w-]+\.md)\): \S.*\.", line) for line in listed]
+    assert sorted(each[1] for each in found if each) == pages
 
 
 def sources() -> Iterator[tuple[Path, str]]:
