@@ -19,7 +19,7 @@ INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock --build-con
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-thorough test-lowest test-model test-trackers test-orchestrators example test-sdks check verifytypes \
-	docs bench chaos lock clean
+	links docs bench chaos lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -77,6 +77,7 @@ check: $(VENV)/.dev ## Lint, types, layers, generated pages, docs
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/zensical build --strict --config-file .mkdocs.yml
+	$(BIN)/python docs/generate.py --site .cache/site
 
 # basedpyright is pyright from PyPI alone, without a download of Node.js.
 verifytypes: $(VENV)/.dev ## Check with pyright what users' type checkers see
@@ -84,6 +85,9 @@ verifytypes: $(VENV)/.dev ## Check with pyright what users' type checkers see
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/basedpyright
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/basedpyright --verifytypes training_backends --ignoreexternal | \
 	  awk '/completeness score/ { print; known = $$NF + 0 } END { exit (known < 97) }'
+
+links: $(VENV)/.dev ## List the external links of the documentation, to be visited by hand
+	@$(BIN)/python -m tests.pages
 
 docs: $(VENV)/.dev ## Refresh the generated pages and serve the documentation
 	$(BIN)/python docs/generate.py
