@@ -278,7 +278,7 @@ async def test_the_log_of_an_old_job_is_deleted_and_the_job_shows_the_same(here:
 
 async def test_a_project_has_periods_of_its_own(tmp_path: Path) -> None:
     """Longer or shorter ones than those of the gateway."""
-    settings = {"keep_failed_days": 1.0, "keep_files_days": 1e-9, "keep_checkpoints_days": 1e-9}
+    settings: Any = {"keep_failed_days": 1.0, "keep_files_days": 1e-9}
     async with site(tmp_path / "home", KeepsCheckpoints(), **settings) as here:
         job = await failed(here)
         gateway = here.served.gateway

@@ -68,6 +68,7 @@ from training_backends.store.gateway_schema import IS_OPEN, files, jobs
 __all__ = [
     "OPENAI_UPLOAD",
     "RESULTS_PURPOSE",
+    "Exclusive",
     "FileFilters",
     "FileService",
     "StoredFile",

@@ -230,7 +230,14 @@ async def open_gateway(
             pace=pace,
             exclusive=client.exclusive,
         )
-        uploads = PartUploads(store, files, blobs, limit=settings.max_parts_bytes, pace=pace)
+        uploads = PartUploads(
+            store,
+            files,
+            blobs,
+            limit=settings.max_parts_bytes,
+            pace=pace,
+            exclusive=client.exclusive,
+        )
         if lock.alone:
             await files.open()
             await uploads.open()
