@@ -20,6 +20,7 @@ __all__ = [
     "Stamp",
     "append_line",
     "digest_of",
+    "disk_usage",
     "hold_lock",
     "is_locked",
     "keep_digest",
@@ -196,6 +197,19 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def disk_usage(directory: Path) -> int:
+    """Return the bytes on disk below a directory; files with several names count once."""
+    sizes: dict[tuple[int, int], int] = {}
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            try:
+                found = Path(parent, name).lstat()
+            except OSError:
+                continue
+            sizes[found.st_dev, found.st_ino] = found.st_blocks * 512
+    return sum(sizes.values())
 
 
 def is_locked(path: Path) -> bool:

@@ -40,7 +40,7 @@ class CheckpointModel:
     @property
     def key(self) -> str:
         """Name for its directory."""
-        return f"{self.job.id}{_STEP}{self.point.step}"
+        return _key(self.job.id, self.point.step)
 
 
 class CheckpointModels:
@@ -101,6 +101,14 @@ class CheckpointModels:
                     await to_thread.run_sync(_remove, partial)
         return target
 
+    def written(self, job_id: str, step: int) -> Path:
+        """Return the directory of the model of a checkpoint, which may not exist."""
+        return self._directory / _key(job_id, step)
+
+    async def remove(self, job_id: str, step: int) -> None:
+        """Remove the model of a checkpoint that is deleted."""
+        await to_thread.run_sync(_remove, self.written(job_id, step))
+
     async def forget(self, job_id: str) -> None:
         """Remove the checkpoints of a model that is deleted."""
         for path in await self.paths(job_id):
@@ -115,6 +123,10 @@ class CheckpointModels:
         query = sa.select(jobs.c.id).where(jobs.c.history.is_(None))
         kept = await self._store.aread(lambda c: {*c.execute(query).scalars()})
         await to_thread.run_sync(_sweep, self._directory, kept)
+
+
+def _key(job_id: str, step: int) -> str:
+    return f"{job_id}{_STEP}{step}"
 
 
 def job_of_key(key: str) -> str:

@@ -2,7 +2,7 @@
 
 import shutil
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -88,6 +88,7 @@ from training_backends.core.run import (
 from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import LOCAL
+from training_backends.rundir.checkpoints import remove_optimizer_state, step_of
 from training_backends.rundir.directory import ResultRecord, RunDir, RunSpec
 from training_backends.rundir.place import find_place, is_visible, make_place
 from training_backends.tokens.overlong import overlong_rows
@@ -494,6 +495,34 @@ class LocalBackend(TrainingBackend):
         if self._warm is not None:
             self._warm.stop()
         shutil.rmtree(directory.path)
+
+    async def remove_checkpoints(self, run: TrainingRun, steps: Collection[int]) -> None:
+        """Remove directories of checkpoints, and optimizer state that a crash has left."""
+        directory = await to_thread.run_sync(self._existing, run)
+
+        def remove() -> None:
+            for path in directory.checkpoints.glob("step-*"):
+                if step_of(path) in steps:
+                    # A reader sees a complete checkpoint, or none.
+                    gone = path.rename(path.with_name(f".{path.name}.removed"))
+                    shutil.rmtree(gone)
+            for path in directory.checkpoints.glob(".step-*"):
+                shutil.rmtree(path)
+            record = directory.read_exit()
+            if record is not None and record.status == "completed":
+                remove_optimizer_state(directory)
+
+        await to_thread.run_sync(remove)
+
+    async def remove_log(self, run: TrainingRun) -> None:
+        """Remove the output of the processes and the metrics of the steps."""
+        directory = await to_thread.run_sync(self._existing, run)
+
+        def remove() -> None:
+            for path in (directory.log, directory.trackers, directory.metrics):
+                path.unlink(missing_ok=True)
+
+        await to_thread.run_sync(remove)
 
     async def health(self) -> Health:
         """Report whether the training libraries are installed."""
