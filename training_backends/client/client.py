@@ -872,9 +872,13 @@ class AsyncTrainingClient:
             raise backend.unsupported(f"{verb} a run that is {run.status}", "Stop it first.")
         return run, backend
 
-    async def check_store(self) -> Sequence[str]:
-        """Return the problems of the run store, one line each, without changing it."""
-        return await to_thread.run_sync(check, self._store_url)
+    async def check_store(self, *, within: float | None = None) -> Sequence[str]:
+        """Return the problems of the run store, one line each, without changing it.
+
+        Args:
+            within: Seconds after which to return what was found; None: check everything.
+        """
+        return await to_thread.run_sync(partial(check, self._store_url, within=within))
 
     async def recover_store(self) -> Recovery:
         """Back up a damaged run store and rebuild it.

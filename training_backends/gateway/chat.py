@@ -40,6 +40,7 @@ from training_backends.gateway.checkpoint_models import (
 )
 from training_backends.gateway.external import ExternalServer, Find, Merge, Seen
 from training_backends.gateway.inference import InferenceServers, can_serve, inference_policy
+from training_backends.gateway.jobstore import begins_with
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.model_use import ModelUse
 from training_backends.gateway.settings import GatewaySettings
@@ -511,7 +512,7 @@ def _unknown(connection: sa.Connection, name: str, caller: Principal) -> ChatPro
     digits = name.rpartition(":")[2][:36]
     if len(digits) >= _JOB_DIGITS:
         found = sa.select(jobs.c.id, jobs.c.status, jobs.c.fine_tuned_model).where(
-            jobs.c.id.startswith(digits, autoescape=True), caller.sees(jobs.c.project)
+            begins_with(digits), caller.sees(jobs.c.project)
         )
         job = connection.execute(found).first()
         if job is not None and job.fine_tuned_model is None:

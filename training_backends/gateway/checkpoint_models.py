@@ -15,7 +15,12 @@ from anyio import to_thread
 from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.files import make_private_directory
 from training_backends.gateway.job_events import JobCheckpoint, kept_checkpoints
-from training_backends.gateway.jobstore import CHECKPOINT_MARK, JOB_DIGITS, model_name
+from training_backends.gateway.jobstore import (
+    CHECKPOINT_MARK,
+    JOB_DIGITS,
+    begins_with,
+    model_name,
+)
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.store import GatewayStore
 from training_backends.store.gateway_schema import jobs
@@ -149,7 +154,7 @@ def _job(connection: sa.Connection, name: str, organization_id: str, caller: Pri
     tag = name.rpartition(":")[2]
     if len(tag) != JOB_DIGITS:
         return None
-    mine = jobs.c.id.startswith(tag, autoescape=True), caller.sees(jobs.c.project)
+    mine = begins_with(tag), caller.sees(jobs.c.project)
     for row in connection.execute(sa.select(jobs).where(*mine, jobs.c.history.is_(None))):
         # Until a job has finished, its checkpoints have the date of its creation.
         names = (model_name(row, organization_id, at) for at in (row.created_at, row.modified_at))
