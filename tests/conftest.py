@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
-from tests.forking import Trainer
+from tests.forking import Program, Trainer
 from tests.plugins import Install, install_backend
 from tests.postgres import PgBouncer, Postgres, pgbouncer_program, programs
 from training_backends import TrainingConfig
@@ -155,6 +155,14 @@ def remembered_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 def trainer() -> Iterator[Trainer]:
     """Start training processes that have torch loaded already."""
     server = Trainer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def program() -> Iterator[Program]:
+    """Start the command line, where the start of the interpreter is not what is tested."""
+    server = Program()
     yield server
     server.close()
 
