@@ -123,7 +123,10 @@ def run_in_bash(
     done = subprocess.CompletedProcess(script, process.returncode, out, "")
     variables = exported.read_text().split("\0") if done.returncode == 0 else []
     pairs = [each.partition("=") for each in variables if each]
-    return done, {name: text for name, _, text in pairs if os.environ.get(name) != text}
+    own = {"PATH", "TEST_SOCKET", "PWD", "OLDPWD", "SHLVL", "_"}
+    return done, {
+        name: text for name, _, text in pairs if name not in own and os.environ.get(name) != text
+    }
 
 
 def _answer(connection: socket.socket, handlers: Mapping[str, Handler]) -> None:
