@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from enum import Enum
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,24 @@ def api() -> str:
     )
 
 
+def toolkit() -> str:
+    """Return the documentation of the names of `training_backends.plugins` that `api` lacks."""
+    public = _public_names()
+    parts: dict[str, list[str]] = {}
+    for name, module in _public_names("plugins").items():
+        if name not in public and isinstance(_member(name, module), griffe.Class | griffe.Function):
+            parts.setdefault(module.partition(".")[0], []).append(_documented(name, module))
+    titles = {
+        "core": "Contract and helpers",
+        "datasets": "Data",
+        "http": "HTTP",
+        "tokens": "Tokens",
+    }
+    return "\n\n".join(
+        f"## {titles[folder]}\n\n" + "\n\n".join(documented) for folder, documented in parts.items()
+    )
+
+
 def methods() -> str:
     """Return a table of the client's methods."""
     rows = ["| method | description |", "| --- | --- |"]
@@ -98,9 +117,9 @@ def _anchor(title: str) -> str:
     return re.sub(r"[^\w-]", "", title.lower())
 
 
-def _public_names() -> dict[str, str]:
-    """Return the names of the stub with the module of each, in order."""
-    text = (PACKAGE / "__init__.pyi").read_text()
+def _public_names(stub: str = "__init__") -> dict[str, str]:
+    """Return the names of a stub with the module of each, in order."""
+    text = (PACKAGE / f"{stub}.pyi").read_text()
     found = re.findall(r"^from \.([\w.]+) import (\([^)]*\)|.*)$", text, re.MULTILINE)
     return {name: module for module, names in found for name in re.findall(r"(\w+) as \w+", names)}
 
@@ -148,7 +167,7 @@ def _documented(name: str, module: str) -> str:
     parts = [f"### `{name}`"]
     if shown:
         parts.append(f"Bases: {', '.join(shown)}.")
-    kind = getattr(training_backends, name)
+    kind = getattr(import_module(f"training_backends.{module}"), name)
     attributes: dict[str, str] = {}
     for section in _sections(member):
         if section.kind is griffe.DocstringSectionKind.attributes:

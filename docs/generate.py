@@ -14,7 +14,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from api import api, methods, types
+from api import api, methods, toolkit, types
 from llms import full_text, index
 from reference import OURS, capabilities, mistral_routes, openai_routes, settings
 from typer.testing import CliRunner
@@ -206,6 +206,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "api": api,
     "backends": backends,
     "client-methods": methods,
+    "toolkit": toolkit,
     "types": types,
     "settings": settings,
     "mistral-routes": mistral_routes,

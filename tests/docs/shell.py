@@ -24,8 +24,6 @@ __all__ = ["Call", "Handler", "run_in_bash"]
 _HARMLESS = ("cat", "cp", "curl", "cut", "env", "grep", "mkdir", "openssl", "tar")
 _CLIENT = """\
 import json, os, socket, sys
-connection = socket.socket(socket.AF_UNIX)
-connection.connect(os.environ["TEST_SOCKET"])
 piped = not sys.stdin.isatty()
 call = {
     "words": [os.path.basename(sys.argv[1]), *sys.argv[2:]],
@@ -33,6 +31,9 @@ call = {
     "environment": dict(os.environ),
     "stdin": sys.stdin.read() if piped else "",
 }
+# Not before standard input has ended: calls are answered one after the other.
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(os.environ["TEST_SOCKET"])
 connection.sendall(json.dumps(call).encode())
 connection.shutdown(socket.SHUT_WR)
 answer = json.loads(connection.makefile().read())
@@ -122,12 +123,15 @@ def run_in_bash(
     done = subprocess.CompletedProcess(script, process.returncode, out, "")
     variables = exported.read_text().split("\0") if done.returncode == 0 else []
     pairs = [each.partition("=") for each in variables if each]
-    return done, {name: text for name, _, text in pairs if os.environ.get(name) != text}
+    own = {"PATH", "TEST_SOCKET", "PWD", "OLDPWD", "SHLVL", "_"}
+    return done, {
+        name: text for name, _, text in pairs if name not in own and os.environ.get(name) != text
+    }
 
 
 def _answer(connection: socket.socket, handlers: Mapping[str, Handler]) -> None:
     with connection:
-        connection.settimeout(90)
+        connection.settimeout(30)
         call = Call(json.loads(connection.makefile().read()))
         done = handlers[call.program](call)
         connection.sendall(

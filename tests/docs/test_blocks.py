@@ -310,8 +310,7 @@ class Reader:
         done, exported = run_in_bash(text, self.directory, HANDLERS)
         assert done.returncode == 0, f"{self.place}:\n{done.stdout}"
         for name, value in exported.items():
-            if name.startswith(("TRAINING_BACKENDS_", "OPENAI_", "MISTRAL_")):
-                self.monkeypatch.setenv(name, value)
+            self.monkeypatch.setenv(name, value)
 
     def follow_python(self, text: str) -> None:
         """Run it in the names of the blocks before it."""

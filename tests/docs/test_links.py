@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.pages import DOCS, PAGES, Link, anchors, links, prose
+from training_backends import backend_class
 
 ROOT = DOCS.parent
 MARKDOWN = (*PAGES, ROOT / "CHANGELOG.md")
@@ -126,3 +127,12 @@ def test_targets_that_pages_name_exist() -> None:
     text = "\n".join(path.read_text() for path in MARKDOWN)
     named = {word for line in re.findall(r"`make ([a-z -]+)`", text) for word in line.split()}
     assert named - set(targets) == set()
+
+
+@pytest.mark.parametrize("name", ["command", "local", "mistral", "openai", "ray", "together"])
+def test_every_option_of_a_backend_is_on_its_page(name: str) -> None:
+    """In a table or a sentence; `ray` has those of `local`."""
+    pages = {"ray": ("ray.md", "local.md")}.get(name, (f"{name}.md",))
+    text = "\n".join((DOCS / page).read_text() for page in pages)
+    options = backend_class(name).options_model.model_fields
+    assert [option for option in options if not re.search(rf"[`.]{option}`", text)] == []
