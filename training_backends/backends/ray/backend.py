@@ -47,6 +47,7 @@ from training_backends.core.files import make_private_directory, write_atomic
 from training_backends.core.integrations import INTEGRATION_FIELDS
 from training_backends.core.run import (
     Failure,
+    Prompt,
     Reply,
     RunState,
     TrainingRun,
@@ -341,7 +342,7 @@ class RayBackend(LocalBackend):
         await to_thread.run_sync(self.interpreter.require)
         return await super().download_checkpoint(run, checkpoint, target)
 
-    async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
+    async def sample(self, run: TrainingRun, prompt: Prompt, *, max_tokens: int = 64) -> Reply:
         """Generate an answer on this machine, with the result on the shared storage."""
         await to_thread.run_sync(self.interpreter.require)
         return await super().sample(run, prompt, max_tokens=max_tokens)
