@@ -81,6 +81,7 @@ from .core.run import (
     LogRecord as LogRecord,
     Observation as Observation,
     Place as Place,
+    Prompt as Prompt,
     Reply as Reply,
     RunFailed as RunFailed,
     RunState as RunState,

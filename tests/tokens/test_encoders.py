@@ -305,6 +305,20 @@ def test_mistral_prompt_is_what_the_model_was_taught(mistral: MistralEncoder) ->
     assert mistral.prompt(ChatRow([Message("user", "a")])) == ids[: trained.index(True)]
 
 
+@pytest.mark.parametrize("kind", ["byte", "mistral", "template"])
+def test_a_conversation_is_asked_as_it_was_taught(
+    kind: str, mistral: MistralEncoder, tmp_path: Path
+) -> None:
+    """The prompt of its last answer is what stands before that answer in training."""
+    encoder: Encoder = mistral
+    if kind != "mistral":
+        encoder = encoder_for(kind, make_chatml(tmp_path, CHATML) if kind == "template" else None)
+    turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")]
+    (ids, trained) = encoder.encode(chat(*turns, ("assistant", "d")))[-1]
+    last = len(ids) - trained[::-1].index(False)
+    assert encoder.prompt(chat(*turns)) == ids[:last]
+
+
 def test_chatml_counts_the_answer_with_its_end(tmp_path: Path) -> None:
     """A template whose answers lie between two prefixes is masked exactly."""
     encoder = encoder_for("other", make_chatml(tmp_path, CHATML))
