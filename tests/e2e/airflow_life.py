@@ -7,12 +7,15 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from unittest.mock import Mock
 
 import anyio
 from airflow.sdk import DAG, TriggerRule, task
+from airflow.sdk.exceptions import TaskDeferralTimeout
 
 from training_backends import TrainingClient, TrainingStatus
 from training_backends.integrations.airflow import TrainingRunOperator, TrainingRunTrigger
@@ -65,9 +68,21 @@ async def kill_deferred() -> str:
         return again.id
 
 
+def time_out() -> str:
+    """Do what a worker does when the triggerer has waited for longer than `execution_timeout`."""
+    with TrainingClient() as client:
+        run = client.launch({"options": {"command": "sleep 60"}}, backend="command", run_id="late")
+        ti = Mock(map_index=-1, **{"xcom_pull.return_value": run.id})
+        with suppress(TaskDeferralTimeout):
+            tasks[0].resume_execution("__fail__", {"error": "Trigger timeout"}, {"ti": ti})
+        (run,) = client.wait(run.id)
+        return run.status
+
+
 if __name__ == "__main__":
     Thread(target=kill_when_started, daemon=True).start()
     states = {ti.task_id: str(ti.state) for ti in dag.test().get_task_instances()}
     with TrainingClient() as client:
         runs = {run.id: run.status for run in client.list()}
-    print("STATES", json.dumps({"tasks": states, "runs": runs, "next": anyio.run(kill_deferred)}))
+    found = {"tasks": states, "runs": runs, "next": anyio.run(kill_deferred), "late": time_out()}
+    print("STATES", json.dumps(found))

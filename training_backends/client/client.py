@@ -56,6 +56,7 @@ from training_backends.core.logging import get_logger
 from training_backends.core.plugins import installed_backends
 from training_backends.core.run import (
     LogRecord,
+    Prompt,
     Reply,
     TrainingRun,
     ValidationReport,
@@ -742,14 +743,17 @@ class AsyncTrainingClient:
             run_id, url, checkpoint=checkpoint, on_progress=on_progress
         )
 
-    async def sample(self, run_id: str, prompt: str, *, max_tokens: int = 64) -> Reply:
+    async def sample(self, run_id: str, prompt: Prompt, *, max_tokens: int = 64) -> Reply:
         """Prompt the trained model of a run, if its backend can serve it.
 
         Args:
+            prompt: A user's message, or the messages of a conversation that ends with one.
             max_tokens: Maximum tokens to generate.
 
         Raises:
-            UnsupportedOperation: The backend cannot serve models, or the run has no model.
+            ValueError: The conversation is malformed.
+            UnsupportedOperation: The backend cannot serve models or continue conversations, or
+                the run has no model.
             BackendUnavailable: The model cannot be loaded.
         """
         return await self._results.sample(run_id, prompt, max_tokens)
@@ -766,13 +770,16 @@ class AsyncTrainingClient:
     ) -> "Evaluation":
         """Ask the trained model of a run the prompts of a data file and score its answers.
 
-        A row has one user message and the assistant's answer, a `prompt` and a `completion`, or,
-        for a classifier, a text and its labels, whose accuracy is the score. Rows with other
-        messages, such as a system prompt, earlier turns or images, are skipped and counted.
+        A row is a conversation that ends with the assistant's answer, a `prompt` and a
+        `completion`, or, for a classifier, a text and its labels, whose accuracy is the score. The
+        model is asked what comes before the last answer, including earlier turns as they are in
+        the data. Rows with tools or images are skipped and counted, as are those with a system
+        prompt or earlier turns if the backend takes single messages only.
 
         Args:
-            scorer: Called in a thread with the prompt, the expected and the given answer, one call
-                at a time; default: whether both answers are the same apart from white space.
+            scorer: Called in a thread with the last user message, the expected and the given
+                answer, one call at a time; default: whether both answers are the same apart from
+                white space.
             rows: Ask only the first `rows` of these rows; None: all.
             max_tokens: Maximum tokens of an answer.
             on_row: Called with each row, in the order of the file, and the number of all rows.
@@ -790,7 +797,9 @@ class AsyncTrainingClient:
         )
 
         run = await self.get(run_id)
-        questions, skipped = await to_thread.run_sync(read_questions, Path(file), rows)
+        chats = (await self._backend(run.backend)).capabilities.samples_chats
+        read = partial(read_questions, Path(file), rows, chats=chats)
+        questions, skipped = await to_thread.run_sync(read)
         ask = partial(self.sample, run.id, max_tokens=max_tokens)
         found = await ask_all(ask, questions, scorer=scorer or exact_match, on_row=on_row)
         return Evaluation(rows=tuple(found), skipped=skipped)

@@ -152,7 +152,8 @@ class TrainingRunOperator(BaseOperator):  # type: ignore[misc]
         try:
             return super().resume_execution(next_method, next_kwargs, context)
         except TaskDeferralTimeout:
-            run_id = context["ti"].xcom_pull(task_ids=self.task_id, key=_RUN_ID)
+            ti = context["ti"]
+            run_id = ti.xcom_pull(task_ids=ti.task_id, key=_RUN_ID, map_indexes=ti.map_index)
             if run_id:
                 self._stop(run_id)
             raise
@@ -176,7 +177,8 @@ class TrainingRunOperator(BaseOperator):  # type: ignore[misc]
                 ti.xcom_push(key=_RUN_ID, value=error.run_id)
             elif error.retryable:
                 raise
-            raise AirflowFailException(str(error)) from error
+            # Airflow shows the message alone, without notes: issues and hint.
+            raise AirflowFailException("\n".join((str(error), *error.__notes__))) from error
         if run.id != self._current:
             ti.xcom_push(key=_RUN_ID, value=run.id)
         self._current = run.id

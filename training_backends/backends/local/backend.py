@@ -80,6 +80,7 @@ from training_backends.core.integrations import INTEGRATION_FIELDS
 from training_backends.core.run import (
     Observation,
     Place,
+    Prompt,
     Reply,
     RunState,
     TrainingRun,
@@ -173,6 +174,7 @@ class LocalBackend(TrainingBackend):
             downloads=True,
             downloads_checkpoints=True,
             samples=True,
+            samples_chats=True,
             deletes=True,
             lists_remote=True,
             provider_format=LOCAL,
@@ -438,7 +440,7 @@ class LocalBackend(TrainingBackend):
             await run_trainer(command, f"Cannot write {path.name} as a model", child_env)
         return target
 
-    async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
+    async def sample(self, run: TrainingRun, prompt: Prompt, *, max_tokens: int = 64) -> Reply:
         """Generate an answer in a separate process, with greedy decoding."""
         directory = await to_thread.run_sync(self._existing, run)
         result = await to_thread.run_sync(self._result, directory, "prompt")

@@ -53,6 +53,7 @@ from training_backends.core.integrations import INTEGRATION_FIELDS
 from training_backends.core.run import (
     Failure,
     Place,
+    Prompt,
     Reply,
     RunState,
     TrainingRun,
@@ -415,7 +416,7 @@ class RayBackend(LocalBackend):
             await to_thread.run_sync(self._objects.fetch_checkpoint, run, directory, checkpoint)
         return await super().download_checkpoint(run, checkpoint, target)
 
-    async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
+    async def sample(self, run: TrainingRun, prompt: Prompt, *, max_tokens: int = 64) -> Reply:
         """Generate an answer on this machine, with the result of the storage."""
         await to_thread.run_sync(self.interpreter.require)
         await to_thread.run_sync(self._fetch_result, run, "prompt")
