@@ -51,8 +51,8 @@ _END_PATIENCE: Final = 6 * 3600.0
 """Seconds for which the end of a run waits for its store."""
 _LOCK_PATIENCE: Final = 24 * 3600.0
 """Seconds to wait for another worker of the node, which downloads the same files."""
-_OUTCOME_PATIENCE: Final = 10.0
-"""Seconds in which another worker reports why this one's process lost contact with it."""
+_POLL: Final = 0.1
+"""Seconds."""
 _TRACKING_PATIENCE: Final = 900.0
 """Seconds for trackers to report the end of the run; more than they try."""
 
@@ -134,19 +134,17 @@ class Driver:
         run = self._run
         shutil.rmtree(run.path, ignore_errors=True)
         _patiently(self._prepare, _START_PATIENCE)
-        with _repeating(self._exchange, _PERIOD):
-            code = train(run.path, launch)
-        record = run.read_exit()
-        _patiently(lambda: self._finish(record), _END_PATIENCE)
-        with (
-            suppress(BlockingIOError),
-            hold_lock(
-                run.path / ".tracking.lock",
-                _TRACKING_PATIENCE if run.read_spec().integrations else 0,
-            ),
-        ):
-            shutil.rmtree(run.path, ignore_errors=True)
-        return code
+        try:
+            with _repeating(self._exchange, _PERIOD):
+                return train(run.path, launch)
+        finally:
+            _patiently(self._finish, _END_PATIENCE)
+            self._clean()
+
+    def _clean(self) -> None:
+        patience = _TRACKING_PATIENCE if self._run.read_spec().integrations else 0
+        with suppress(BlockingIOError), hold_lock(self._run.path / ".tracking.lock", patience):
+            shutil.rmtree(self._run.path.parent, ignore_errors=True)
 
     def _prepare(self) -> None:
         self._stored.update(self._run)
@@ -180,9 +178,9 @@ class Driver:
             self._stored.write_lock(self._run)
             self._has_lock = True
 
-    def _finish(self, record: ExitRecord | None) -> None:
+    def _finish(self) -> None:
         self._push()
-        if record is None:
+        if (record := self._run.read_exit()) is None:
             return
         if record.status == "completed":
             self._stored.reduce()
@@ -235,6 +233,8 @@ class Worker:
 
     Args:
         ask: Calls a method of the driver's `Hub`.
+        patience: Seconds in which another worker reports why this one's process lost contact
+            with it.
     """
 
     def __init__(
@@ -245,12 +245,14 @@ class Worker:
         rank: int,
         processes: int,
         ask: Callable[..., Any],
+        patience: float = 10.0,
     ) -> None:
         self._node = _scratch(url, scratch)
         self._stored = StoredRun.at(url)
         self._rank = rank
         self._processes = processes
         self._ask = ask
+        self._patience = patience
         self._fetched = _run_in(self._node, "fetched", url)
         """What the workers of this node share, and do not change."""
         self._run = _run_in(self._node, f"worker-{rank}", url)
@@ -267,9 +269,8 @@ class Worker:
             run_process: Runs a training process; returns its exit code.
             broadcast: Returns the first worker's value in every worker.
         """
-        if self._ask("outcome") is not None:
-            return True  # reported by a process before this one
-        self._prepare(broadcast)
+        if not self._prepare(broadcast):
+            return True  # a process before this one has reported it
         outcome = Outcome(self._run)
         outcome.directory.mkdir()
         if (rows := self._ask("max_rows")) is not None:
@@ -293,22 +294,29 @@ class Worker:
 
     def _was_reported(self) -> bool:
         """Return whether another worker has reported how the run ended."""
-        deadline = time.monotonic() + _OUTCOME_PATIENCE
-        while time.monotonic() < deadline:
-            if self._ask("outcome") is not None:
-                return True
-            time.sleep(_EXCHANGE)
-        return False
+        deadline = time.monotonic() + self._patience
+        while self._ask("outcome") is None:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL)
+        return True
 
     # -- before ------------------------------------------------------------------------
 
-    def _prepare(self, broadcast: Callable[[Any], Any]) -> None:
-        """Make this process's run directory, with the checkpoint to continue from."""
+    def _prepare(self, broadcast: Callable[[Any], Any]) -> bool:
+        """Make this process's run directory, with the checkpoint to continue from.
+
+        Returns:
+            Whether the run has not ended yet.
+        """
         shutil.rmtree(self._run.path, ignore_errors=True)
+        chosen = None
+        if self._rank == 0 and self._ask("outcome") is None:
+            chosen = _patiently(self._choose, _START_PATIENCE)
+        steps: Sequence[int] | None = broadcast(chosen)
+        if steps is None:
+            return False
         _patiently(self._fetch, _START_PATIENCE)
-        steps: Sequence[int] = broadcast(
-            _patiently(self._choose, _START_PATIENCE) if self._rank == 0 else None
-        )
         with self._alone():
             for path in self._fetched.checkpoints.glob("step-*"):
                 if step_of(path) not in steps:
@@ -316,6 +324,7 @@ class Worker:
             for step in steps:
                 _patiently(partial(self._fetch_checkpoint, step), _START_PATIENCE)
             self._link(steps)
+        return True
 
     def _alone(self) -> AbstractContextManager[None]:
         make_private_directory(self._node)
@@ -328,6 +337,7 @@ class Worker:
 
     def _choose(self) -> list[int]:
         """Return the step of the newest checkpoint, and of the best one if that is needed."""
+        self._fetch()
         found = self._stored.checkpoints()
         # What a process has left half written must not be mixed with what the next one writes.
         self._stored.remove_checkpoints(set(self._stored.steps()) - set(found))
@@ -417,7 +427,7 @@ class Worker:
         while self._rank == 0 and not self._valid.issuperset(newest):
             if self._ask("outcome") is not None:
                 break  # another process has failed, perhaps without its share
-            time.sleep(_EXCHANGE)
+            time.sleep(_POLL)
             self._upload()
         self._upload()  # shares of earlier checkpoints may have come before the last one
         if record is not None and record.status == "completed":
