@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from training_backends.core.errors import TrainingBackendError
 from training_backends.objects.store import is_object_url
 from training_backends.rundir.directory import ExitRecord, RunDir, RunSpec, TrainerExitCode
 from training_backends.trainer.control import StopRequest
@@ -42,8 +43,12 @@ def drive(place: str, wanted: Namespace) -> TrainerExitCode:
     """
     if not is_object_url(place):
         return train(Path(place), partial(_launch, wanted=wanted))
-    driver = Driver(place, wanted.scratch)
-    return driver.drive(partial(_launch, wanted=wanted, driver=driver))
+    try:
+        driver = Driver(place, wanted.scratch)
+        return driver.drive(partial(_launch, wanted=wanted, driver=driver))
+    except TrainingBackendError as error:  # about the store, which cannot have the reason
+        print(error, file=sys.stderr)  # noqa: T201  # the job's log, which clients quote
+        return TrainerExitCode.CRASHED
 
 
 def _launch(

@@ -150,8 +150,8 @@ class Driver:
         self._stored.update(self._run)
         if not self._run.spec.is_file():
             raise RunNotFound(f"There is no run at {self.url}.")
-        self._stored.fetch_data(self._run)
         self._stored.fetch_tokens(self._run)
+        self._stored.fetch_data(self._run)  # last: a repetition needs the spec as it was
 
     def store_tokens(self) -> None:
         """Upload the encoded rows, which all workers read."""

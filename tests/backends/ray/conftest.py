@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,12 +56,17 @@ class Cluster:
         wait_until(lambda: self.nodes() == 1, patience=180)
 
     def join(self, name: str) -> None:
-        """Start another node, whose directory for temporary files has its name."""
+        """Start another node, with a directory of its own for temporary files.
+
+        That of the head is hidden from it, where this user may do so.
+        """
         before = self.nodes()
         address = f"--address=127.0.0.1:{self._ports['--port']}"
         agent = f"--dashboard-agent-listen-port={_free_ports(1)[0]}"
         arguments = [address, agent, "--min-worker-port=0", "--max-worker-port=0"]
-        self._others[name] = self._start_node(name, arguments)
+        hidden = 'mount -t tmpfs tmpfs "$0" && exec "$@"'
+        prefix = ["unshare", "--mount", "sh", "-c", hidden, str(self._scratch("head"))]
+        self._others[name] = self._start_node(name, arguments, prefix if _can_hide() else [])
         wait_until(lambda: self.nodes() == before + 1, patience=180)
 
     def lose(self, name: str) -> None:
@@ -71,7 +76,9 @@ class Cluster:
         shutil.rmtree(self._scratch(name))
         wait_until(lambda: self.nodes() == before - 1, patience=180)
 
-    def _start_node(self, name: str, arguments: list[str]) -> psutil.Popen:
+    def _start_node(
+        self, name: str, arguments: Sequence[str], prefix: Sequence[str] = ()
+    ) -> psutil.Popen:
         scratch = self._scratch(name)
         scratch.mkdir(exist_ok=True)
         variables = self._variables | {
@@ -80,7 +87,7 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "TMPDIR": str(scratch),
         }
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
+        command = [*prefix, sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
         command += [f"--num-cpus={self.cpus}", *arguments]
         with (self.directory / f"{name}.log").open("ab") as log:
             return psutil.Popen(
@@ -118,6 +125,11 @@ class Cluster:
         for node in (*self._others.values(), *([self._head] if self._head else ())):
             _kill(node)
         self._others.clear()
+
+
+def _can_hide() -> bool:
+    command = ["unshare", "--mount", "true"]
+    return bool(shutil.which("unshare")) and subprocess.run(command, check=False).returncode == 0
 
 
 def _children_of(node: psutil.Popen) -> list[psutil.Process]:
