@@ -28,7 +28,7 @@ from training_backends.rundir.stored import StoredRun
 from training_backends.trainer.control import StopRequest
 from training_backends.trainer.launch import Outcome
 from training_backends.trainer.queue import Device
-from training_backends.trainer.ray_stored import Driver, Hub, Worker
+from training_backends.trainer.ray_stored import Driver, DriverLink, Worker
 
 __all__ = ["bucket", "s3_server"]
 
@@ -78,14 +78,14 @@ class Nodes:
             self.driver.store_tokens()
             with Outcome(run).collected() as outcome:
                 for process in lives:
-                    self._live(Hub(str(run.path)), process)
+                    self._live(DriverLink(str(run.path)), process)
                 record = outcome.read()
             assert record is not None
             return record
 
         return self.driver.drive(launch)
 
-    def _live(self, hub: Hub, process: Process) -> None:
+    def _live(self, link: DriverLink, process: Process) -> None:
         meeting, said = Barrier(2), []
 
         def work(rank: int) -> bool:
@@ -100,7 +100,7 @@ class Nodes:
                 str(self.scratch / ("driver" if self.is_one else f"node-{rank}")),
                 rank=rank,
                 processes=2,
-                ask=lambda name, *values: getattr(hub, name)(*values),
+                ask=lambda name, *values: getattr(link, name)(*values),
                 patience=self.patience,
             )
             return worker.work(lambda run: process(run, rank), broadcast)

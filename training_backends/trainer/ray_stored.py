@@ -5,7 +5,7 @@ processes use theirs as they would a shared one; the worker that has started one
 content:
 
 - The log, stop requests and how the run ended pass through the driver, by an actor of its node,
-  see `Hub`. The driver copies its run directory to the store, see `rundir.stored`.
+  see `DriverLink`. The driver copies its run directory to the store, see `rundir.stored`.
 - Each worker uploads its share of a checkpoint, and the first one the result.
 """
 
@@ -37,7 +37,7 @@ from training_backends.rundir.stored import LogUpload, StoredRun
 from training_backends.trainer.launch import Outcome
 from training_backends.trainer.process import Launch, train
 
-__all__ = ["Driver", "Hub", "Worker"]
+__all__ = ["Driver", "DriverLink", "Worker"]
 
 T = TypeVar("T")
 
@@ -190,7 +190,7 @@ class Driver:
         self._stored.finish(record)
 
 
-class Hub:
+class DriverLink:
     """The driver's run directory, for workers; an actor on its node."""
 
     def __init__(self, path: str) -> None:
@@ -232,7 +232,7 @@ class Worker:
     """A worker of Ray Train.
 
     Args:
-        ask: Calls a method of the driver's `Hub`.
+        ask: Calls a method of the driver's `DriverLink`.
         patience: Seconds in which another worker reports why this one's process lost contact
             with it.
     """
