@@ -278,19 +278,21 @@ class Worker:
         with _repeating(self._exchange, _EXCHANGE), _repeating(self._upload, _EXCHANGE):
             code = run_process(self._run)
         record = outcome.read()
-        is_known = record is not None or code == TrainerExitCode.DONE
-        if is_known:
-            _patiently(lambda: self._finish(record), _END_PATIENCE)
-        else:
+        has_failed = record.status == "failed" if record else code != TrainerExitCode.DONE
+        if record is not None and has_failed:
+            self._ask("report", record)  # before the others give up waiting for it
+        if has_failed:
             self._save_what_is_left()
+        else:
+            _patiently(lambda: self._finish(record), _END_PATIENCE)
         if (limit := outcome.max_rows()) not in {None, rows}:
             self._ask("limit_rows", limit)
-        if record is not None:
+        if record is not None and not has_failed:
             self._ask("report", record)
-        if is_known or self._was_reported():
-            self._clean()
-            return True
-        return False
+        if has_failed and not self._was_reported():
+            return False
+        self._clean()
+        return True
 
     def _was_reported(self) -> bool:
         """Return whether another worker has reported how the run ended."""
