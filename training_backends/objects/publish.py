@@ -3,14 +3,14 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from training_backends.core.errors import BackendUnavailable, ConfigError, RunNotFound
 from training_backends.core.files import digest_of, make_private_directory
 from training_backends.objects.store import ObjectStore
 
-__all__ = ["MANIFEST", "fetch", "publish"]
+__all__ = ["MANIFEST", "fetch", "path_below", "publish"]
 
 MANIFEST: Final = "manifest.json"
 """Written last: without it, a copy is incomplete."""
@@ -76,9 +76,7 @@ def fetch(store: ObjectStore, target: Path) -> bool:
     temporary = target.with_name(f".{target.name}.tmp")
     make_private_directory(temporary)
     for each in manifest.get("files", ()):
-        path = temporary / each["name"]
-        if not path.resolve().is_relative_to(temporary.resolve()):
-            raise ConfigError(f"{store.place(MANIFEST)}: unexpected name {each['name']!r}.")
+        path = path_below(temporary, each["name"])
         if path.is_file() and digest_of(path).sha256 == each["sha256"]:
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,6 +87,18 @@ def fetch(store: ObjectStore, target: Path) -> bool:
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
     return True
+
+
+def path_below(directory: Path, name: str) -> Path:
+    """Return the path of a file whose name comes from a store.
+
+    Raises:
+        ConfigError: It would be outside of the directory.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ConfigError(f"The object store has a file with an unexpected name, {name!r}.")
+    return directory / path
 
 
 def _manifest(store: ObjectStore) -> dict[str, Any] | None:

@@ -28,10 +28,11 @@ from typing import Final, Self
 
 from pydantic import ValidationError
 
+from training_backends.core.config import DataSource
 from training_backends.core.errors import RunNotFound, TrainingBackendError
 from training_backends.core.files import hold_lock, make_private_directory, write_atomic
 from training_backends.core.settings import load_settings
-from training_backends.objects.publish import fetch, publish
+from training_backends.objects.publish import fetch, path_below, publish
 from training_backends.objects.settings import ObjectSettings
 from training_backends.objects.store import ObjectInfo, ObjectStore, scheme_of
 from training_backends.rundir.checkpoints import OPTIMIZER, STATE, damage_of
@@ -157,19 +158,19 @@ class StoredRun:
 
     def fetch_data(self, run: RunDir) -> None:
         """Download the data, and give the spec its paths on this machine."""
-        for each in self.store.list("data"):
-            path = run.path / each.name
-            make_private_directory(path.parent)
-            self.store.get(each.name, path)
         spec = run.read_spec()
         changes = {
-            role: tuple(
-                source.model_copy(update={"path": run.path / source.local_path})
-                for source in getattr(spec, role)
-            )
+            role: tuple(self._fetch_file(source, run) for source in getattr(spec, role))
             for role in ("train", "validation")
         }
         run.write_spec(spec.model_copy(update=changes))
+
+    def _fetch_file(self, source: DataSource, run: RunDir) -> DataSource:
+        name = source.local_path.as_posix()
+        path = path_below(run.path, name)
+        make_private_directory(path.parent)
+        self.store.get(name, path)
+        return source.model_copy(update={"path": path})
 
     def store_tokens(self, run: RunDir) -> None:
         """Upload the encoded rows."""
@@ -260,7 +261,7 @@ class StoredRun:
         path = run.checkpoints / f"step-{step}"
         make_private_directory(path)
         for name, size in state.files.items():
-            target = path / name
+            target = path_below(path, name)
             if not target.is_file() or target.stat().st_size != size:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self.store.get(f"checkpoints/{path.name}/{name}", target)

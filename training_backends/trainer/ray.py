@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from training_backends.core.errors import TrainingBackendError
 from training_backends.objects.store import is_object_url
 from training_backends.rundir.directory import ExitRecord, RunDir, RunSpec, TrainerExitCode
 from training_backends.trainer.control import StopRequest
@@ -26,7 +27,7 @@ from training_backends.trainer.errors import TrainerError
 from training_backends.trainer.launch import Outcome
 from training_backends.trainer.process import train
 from training_backends.trainer.queue import Device
-from training_backends.trainer.ray_stored import Driver, Hub, Worker
+from training_backends.trainer.ray_stored import Driver, DriverLink, Worker
 
 __all__ = ["drive"]
 
@@ -42,8 +43,12 @@ def drive(place: str, wanted: Namespace) -> TrainerExitCode:
     """
     if not is_object_url(place):
         return train(Path(place), partial(_launch, wanted=wanted))
-    driver = Driver(place, wanted.scratch)
-    return driver.drive(partial(_launch, wanted=wanted, driver=driver))
+    try:
+        driver = Driver(place, wanted.scratch)
+        return driver.drive(partial(_launch, wanted=wanted, driver=driver))
+    except TrainingBackendError as error:  # about the store, which cannot have the reason
+        print(error, file=sys.stderr)  # noqa: T201  # the job's log, which clients quote
+        return TrainerExitCode.CRASHED
 
 
 def _launch(
@@ -68,7 +73,7 @@ def _launch(
     config: dict[str, Any] = {"run_dir": str(run.path)}
     if driver is not None:
         driver.store_tokens()
-        config = {"url": driver.url, "scratch": wanted.scratch, "hub": _start_hub(run)}
+        config = {"url": driver.url, "scratch": wanted.scratch, "link": _start_link(run)}
     trainer = TorchTrainer(
         _work,
         train_loop_config=config,
@@ -97,13 +102,13 @@ def _launch(
     return record
 
 
-def _start_hub(run: RunDir) -> Any:
+def _start_link(run: RunDir) -> Any:
     """Start an actor next to this program, by which workers reach its run directory."""
     import ray  # noqa: PLC0415
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(Hub).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here)
+    actor = ray.remote(DriverLink).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here)
     return actor.remote(str(run.path))
 
 
@@ -118,13 +123,13 @@ def _work(config: dict[str, Any]) -> None:
     from ray.train import get_context  # noqa: PLC0415
     from ray.train.collective import broadcast_from_rank_zero  # noqa: PLC0415
 
-    context, hub = get_context(), config["hub"]
+    context, link = get_context(), config["link"]
     worker = Worker(
         config["url"],
         config["scratch"],
         rank=context.get_world_rank(),
         processes=context.get_world_size(),
-        ask=lambda name, *values: ray.get(getattr(hub, name).remote(*values)),
+        ask=lambda name, *values: ray.get(getattr(link, name).remote(*values)),
     )
     if not worker.work(partial(_run_process, stored=config["url"]), broadcast_from_rank_zero):
         raise _Exited

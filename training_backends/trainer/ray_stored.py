@@ -5,7 +5,7 @@ processes use theirs as they would a shared one; the worker that has started one
 content:
 
 - The log, stop requests and how the run ended pass through the driver, by an actor of its node,
-  see `Hub`. The driver copies its run directory to the store, see `rundir.stored`.
+  see `DriverLink`. The driver copies its run directory to the store, see `rundir.stored`.
 - Each worker uploads its share of a checkpoint, and the first one the result.
 """
 
@@ -37,7 +37,7 @@ from training_backends.rundir.stored import LogUpload, StoredRun
 from training_backends.trainer.launch import Outcome
 from training_backends.trainer.process import Launch, train
 
-__all__ = ["Driver", "Hub", "Worker"]
+__all__ = ["Driver", "DriverLink", "Worker"]
 
 T = TypeVar("T")
 
@@ -51,8 +51,8 @@ _END_PATIENCE: Final = 6 * 3600.0
 """Seconds for which the end of a run waits for its store."""
 _LOCK_PATIENCE: Final = 24 * 3600.0
 """Seconds to wait for another worker of the node, which downloads the same files."""
-_OUTCOME_PATIENCE: Final = 10.0
-"""Seconds in which another worker reports why this one's process lost contact with it."""
+_POLL: Final = 0.1
+"""Seconds."""
 _TRACKING_PATIENCE: Final = 900.0
 """Seconds for trackers to report the end of the run; more than they try."""
 
@@ -134,26 +134,24 @@ class Driver:
         run = self._run
         shutil.rmtree(run.path, ignore_errors=True)
         _patiently(self._prepare, _START_PATIENCE)
-        with _repeating(self._exchange, _PERIOD):
-            code = train(run.path, launch)
-        record = run.read_exit()
-        _patiently(lambda: self._finish(record), _END_PATIENCE)
-        with (
-            suppress(BlockingIOError),
-            hold_lock(
-                run.path / ".tracking.lock",
-                _TRACKING_PATIENCE if run.read_spec().integrations else 0,
-            ),
-        ):
-            shutil.rmtree(run.path, ignore_errors=True)
-        return code
+        try:
+            with _repeating(self._exchange, _PERIOD):
+                return train(run.path, launch)
+        finally:
+            _patiently(self._finish, _END_PATIENCE)
+            self._clean()
+
+    def _clean(self) -> None:
+        patience = _TRACKING_PATIENCE if self._run.read_spec().integrations else 0
+        with suppress(BlockingIOError), hold_lock(self._run.path / ".tracking.lock", patience):
+            shutil.rmtree(self._run.path.parent, ignore_errors=True)
 
     def _prepare(self) -> None:
         self._stored.update(self._run)
         if not self._run.spec.is_file():
             raise RunNotFound(f"There is no run at {self.url}.")
-        self._stored.fetch_data(self._run)
         self._stored.fetch_tokens(self._run)
+        self._stored.fetch_data(self._run)  # last: a repetition needs the spec as it was
 
     def store_tokens(self) -> None:
         """Upload the encoded rows, which all workers read."""
@@ -180,9 +178,9 @@ class Driver:
             self._stored.write_lock(self._run)
             self._has_lock = True
 
-    def _finish(self, record: ExitRecord | None) -> None:
+    def _finish(self) -> None:
         self._push()
-        if record is None:
+        if (record := self._run.read_exit()) is None:
             return
         if record.status == "completed":
             self._stored.reduce()
@@ -192,7 +190,7 @@ class Driver:
         self._stored.finish(record)
 
 
-class Hub:
+class DriverLink:
     """The driver's run directory, for workers; an actor on its node."""
 
     def __init__(self, path: str) -> None:
@@ -234,7 +232,9 @@ class Worker:
     """A worker of Ray Train.
 
     Args:
-        ask: Calls a method of the driver's `Hub`.
+        ask: Calls a method of the driver's `DriverLink`.
+        patience: Seconds in which another worker reports why this one's process lost contact
+            with it.
     """
 
     def __init__(
@@ -245,12 +245,14 @@ class Worker:
         rank: int,
         processes: int,
         ask: Callable[..., Any],
+        patience: float = 10.0,
     ) -> None:
         self._node = _scratch(url, scratch)
         self._stored = StoredRun.at(url)
         self._rank = rank
         self._processes = processes
         self._ask = ask
+        self._patience = patience
         self._fetched = _run_in(self._node, "fetched", url)
         """What the workers of this node share, and do not change."""
         self._run = _run_in(self._node, f"worker-{rank}", url)
@@ -267,9 +269,8 @@ class Worker:
             run_process: Runs a training process; returns its exit code.
             broadcast: Returns the first worker's value in every worker.
         """
-        if self._ask("outcome") is not None:
-            return True  # reported by a process before this one
-        self._prepare(broadcast)
+        if not self._prepare(broadcast):
+            return True  # a process before this one has reported it
         outcome = Outcome(self._run)
         outcome.directory.mkdir()
         if (rows := self._ask("max_rows")) is not None:
@@ -277,38 +278,47 @@ class Worker:
         with _repeating(self._exchange, _EXCHANGE), _repeating(self._upload, _EXCHANGE):
             code = run_process(self._run)
         record = outcome.read()
-        is_known = record is not None or code == TrainerExitCode.DONE
-        if is_known:
-            _patiently(lambda: self._finish(record), _END_PATIENCE)
-        else:
+        has_failed = record.status == "failed" if record else code != TrainerExitCode.DONE
+        if record is not None and has_failed:
+            self._ask("report", record)  # before the others give up waiting for it
+        if has_failed:
             self._save_what_is_left()
+        else:
+            _patiently(lambda: self._finish(record), _END_PATIENCE)
         if (limit := outcome.max_rows()) not in {None, rows}:
             self._ask("limit_rows", limit)
-        if record is not None:
+        if record is not None and not has_failed:
             self._ask("report", record)
-        if is_known or self._was_reported():
-            self._clean()
-            return True
-        return False
+        if has_failed and not self._was_reported():
+            return False
+        self._clean()
+        return True
 
     def _was_reported(self) -> bool:
         """Return whether another worker has reported how the run ended."""
-        deadline = time.monotonic() + _OUTCOME_PATIENCE
-        while time.monotonic() < deadline:
-            if self._ask("outcome") is not None:
-                return True
-            time.sleep(_EXCHANGE)
-        return False
+        deadline = time.monotonic() + self._patience
+        while self._ask("outcome") is None:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL)
+        return True
 
     # -- before ------------------------------------------------------------------------
 
-    def _prepare(self, broadcast: Callable[[Any], Any]) -> None:
-        """Make this process's run directory, with the checkpoint to continue from."""
+    def _prepare(self, broadcast: Callable[[Any], Any]) -> bool:
+        """Make this process's run directory, with the checkpoint to continue from.
+
+        Returns:
+            Whether the run has not ended yet.
+        """
         shutil.rmtree(self._run.path, ignore_errors=True)
+        chosen = None
+        if self._rank == 0 and self._ask("outcome") is None:
+            chosen = _patiently(self._choose, _START_PATIENCE)
+        steps: Sequence[int] | None = broadcast(chosen)
+        if steps is None:
+            return False
         _patiently(self._fetch, _START_PATIENCE)
-        steps: Sequence[int] = broadcast(
-            _patiently(self._choose, _START_PATIENCE) if self._rank == 0 else None
-        )
         with self._alone():
             for path in self._fetched.checkpoints.glob("step-*"):
                 if step_of(path) not in steps:
@@ -316,6 +326,7 @@ class Worker:
             for step in steps:
                 _patiently(partial(self._fetch_checkpoint, step), _START_PATIENCE)
             self._link(steps)
+        return True
 
     def _alone(self) -> AbstractContextManager[None]:
         make_private_directory(self._node)
@@ -328,6 +339,7 @@ class Worker:
 
     def _choose(self) -> list[int]:
         """Return the step of the newest checkpoint, and of the best one if that is needed."""
+        self._fetch()
         found = self._stored.checkpoints()
         # What a process has left half written must not be mixed with what the next one writes.
         self._stored.remove_checkpoints(set(self._stored.steps()) - set(found))
@@ -417,7 +429,7 @@ class Worker:
         while self._rank == 0 and not self._valid.issuperset(newest):
             if self._ask("outcome") is not None:
                 break  # another process has failed, perhaps without its share
-            time.sleep(_EXCHANGE)
+            time.sleep(_POLL)
             self._upload()
         self._upload()  # shares of earlier checkpoints may have come before the last one
         if record is not None and record.status == "completed":

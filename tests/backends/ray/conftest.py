@@ -2,10 +2,11 @@
 
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,7 +41,7 @@ class Cluster:
     ) -> None:
         self.cpus: Final = cpus
         self._variables = dict(variables or {})
-        self._others: list[psutil.Popen] = []
+        self._others: dict[str, psutil.Popen] = {}
         self.token: Final = secrets.token_hex(24)
         self.directory: Final = directory
         self._ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
@@ -54,20 +55,31 @@ class Cluster:
         self._head = self._start_node("head", arguments)
         wait_until(lambda: self.nodes() == 1, patience=180)
 
-    def join(self, name: str) -> psutil.Popen:
-        """Start another node, whose directory for temporary files has its name."""
+    def join(self, name: str) -> None:
+        """Start another node, with a directory of its own for temporary files.
+
+        That of the head is hidden from it, where this user may do so.
+        """
         before = self.nodes()
         address = f"--address=127.0.0.1:{self._ports['--port']}"
         agent = f"--dashboard-agent-listen-port={_free_ports(1)[0]}"
-        node = self._start_node(
-            name, [address, agent, "--min-worker-port=0", "--max-worker-port=0"]
-        )
-        self._others.append(node)
+        arguments = [address, agent, "--min-worker-port=0", "--max-worker-port=0"]
+        hidden = 'mount -t tmpfs tmpfs "$0" && exec "$@"'
+        prefix = ["unshare", "--mount", "sh", "-c", hidden, str(self._scratch("head"))]
+        self._others[name] = self._start_node(name, arguments, prefix if _can_hide() else [])
         wait_until(lambda: self.nodes() == before + 1, patience=180)
-        return node
 
-    def _start_node(self, name: str, arguments: list[str]) -> psutil.Popen:
-        scratch = self.scratch(name)
+    def lose(self, name: str) -> None:
+        """End a node at once, with all that it has."""
+        before = self.nodes()
+        _kill(self._others.pop(name))
+        shutil.rmtree(self._scratch(name))
+        wait_until(lambda: self.nodes() == before - 1, patience=180)
+
+    def _start_node(
+        self, name: str, arguments: Sequence[str], prefix: Sequence[str] = ()
+    ) -> psutil.Popen:
+        scratch = self._scratch(name)
         scratch.mkdir(exist_ok=True)
         variables = self._variables | {
             "RAY_AUTH_MODE": "token",
@@ -75,15 +87,14 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "TMPDIR": str(scratch),
         }
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
+        command = [*prefix, sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
         command += [f"--num-cpus={self.cpus}", *arguments]
         with (self.directory / f"{name}.log").open("ab") as log:
             return psutil.Popen(
                 command, env=os.environ | variables, stdout=log, stderr=subprocess.STDOUT
             )
 
-    def scratch(self, name: str) -> Path:
-        """Return a node's directory for temporary files."""
+    def _scratch(self, name: str) -> Path:
         return self.directory / f"tmp-{name}"
 
     def nodes(self) -> int:
@@ -102,8 +113,8 @@ class Cluster:
     def processes(self, title: str) -> list[psutil.Process]:
         """Return the processes of this cluster whose command contains a text."""
         found = []
-        nodes = [*([self._head] if self._head else ()), *self._others]
-        for process in (each for node in nodes for each in children_of(node)):
+        nodes = [*([self._head] if self._head else ()), *self._others.values()]
+        for process in (each for node in nodes for each in _children_of(node)):
             with suppress(psutil.NoSuchProcess):
                 if title in " ".join(process.cmdline()):
                     found.append(process)
@@ -111,12 +122,17 @@ class Cluster:
 
     def kill(self) -> None:
         """End the nodes and everything that they have started, at once."""
-        for node in (*self._others, *([self._head] if self._head else ())):
-            kill(node)
+        for node in (*self._others.values(), *([self._head] if self._head else ())):
+            _kill(node)
         self._others.clear()
 
 
-def children_of(node: psutil.Popen) -> list[psutil.Process]:
+def _can_hide() -> bool:
+    command = ["unshare", "--mount", "true"]
+    return bool(shutil.which("unshare")) and subprocess.run(command, check=False).returncode == 0
+
+
+def _children_of(node: psutil.Popen) -> list[psutil.Process]:
     """Return the processes that a node has started."""
     try:
         return list(node.children(recursive=True))
@@ -124,9 +140,9 @@ def children_of(node: psutil.Popen) -> list[psutil.Process]:
         return []
 
 
-def kill(node: psutil.Popen) -> None:
+def _kill(node: psutil.Popen) -> None:
     """End a node and everything that it has started, at once."""
-    for process in (*children_of(node), node):
+    for process in (*_children_of(node), node):
         with suppress(psutil.NoSuchProcess):
             process.kill()
     node.wait(60)

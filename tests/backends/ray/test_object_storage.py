@@ -16,6 +16,7 @@ from training_backends import AsyncTrainingClient, TrainingStatus
 from training_backends.backends.local.backend import LocalBackend
 from training_backends.backends.ray.backend import RayBackend
 from training_backends.backends.ray.settings import RaySettings
+from training_backends.core.backend import RemoteFilters
 from training_backends.credentials.vault import CredentialVault
 
 __all__ = ["bucket", "s3_server"]
@@ -23,7 +24,7 @@ __all__ = ["bucket", "s3_server"]
 pytestmark = [
     pytest.mark.anyio,
     pytest.mark.ray,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed"),
 ]
 
@@ -47,8 +48,8 @@ def nodes(s3_server: str) -> Iterator[Cluster]:
             cluster.kill()
 
 
-def client_at(home: Path, nodes: Cluster, bucket: Bucket) -> AsyncTrainingClient:
-    """Return a client with a home of its own."""
+def backend_at(home: Path, nodes: Cluster, bucket: Bucket) -> RayBackend:
+    """Return the backend of a client with a home of its own."""
     settings = RaySettings(
         base_url=nodes.url,
         storage=f"{bucket.url}/runs of a team",
@@ -57,8 +58,7 @@ def client_at(home: Path, nodes: Cluster, bucket: Bucket) -> AsyncTrainingClient
         poll_max=0.5,
     )
     vault = CredentialVault(environ={"RAY_API_KEY": nodes.token})
-    ray = RayBackend(home, credentials=vault, settings=settings)
-    return AsyncTrainingClient(home=home, backends={"ray": ray, "local": LocalBackend(home)})
+    return RayBackend(home, credentials=vault, settings=settings)
 
 
 @pytest.fixture
@@ -66,7 +66,9 @@ async def client(
     nodes: Cluster, bucket: Bucket, tmp_path: Path
 ) -> AsyncIterator[AsyncTrainingClient]:
     """A client of the cluster."""
-    async with client_at(tmp_path / "home", nodes, bucket) as client:
+    home = tmp_path / "home"
+    backends = {"ray": backend_at(home, nodes, bucket), "local": LocalBackend(home)}
+    async with AsyncTrainingClient(home=home, backends=backends) as client:
         yield client
 
 
@@ -93,34 +95,47 @@ async def test_two_nodes_train_a_run_that_anyone_with_the_store_can_follow(
     assert (await client.sample(run.id, "3 plus 4?", max_tokens=4)).answer is not None
     shown = "".join(nodes.get(f"/api/jobs/apart{end}").text for end in ("", "/logs"))
     assert not [secret for secret in (nodes.token, *KEYS.values()) if secret in shown]
-    async with client_at(tmp_path / "elsewhere", nodes, bucket) as other:
-        [found] = await other.list_remote("ray")
-        assert (found.run_id, found.state.status) == ("apart", TrainingStatus.COMPLETED)
+    other = backend_at(tmp_path / "elsewhere", nodes, bucket)
+    [found] = await other.list_remote(RemoteFilters())
+    await other.aclose()
+    assert (found.run_id, found.state.status) == ("apart", TrainingStatus.COMPLETED)
+    assert found.state.result_model == done.result_model
     await client.delete(run.id)
     assert bucket.names() == []
 
 
-async def test_a_run_goes_through_everything(
+async def test_a_run_survives_what_can_happen_to_it(
     client: AsyncTrainingClient, nodes: Cluster, bucket: Bucket, tmp_path: Path
 ) -> None:
-    """It is stopped, resumed, loses a worker, and has the model of a run that lost nothing."""
+    """Stopped, without its driver and without a node, it goes on from the newest checkpoint."""
     total = 120
-    whole = await client.launch(config(total), backend="local", run_id="whole")
-    run = await client.launch(config(total, **TWO), backend="ray", run_id="begun")
-    wait_until(lambda: steps(bucket, "begun"), patience=300)
+    here = await client.launch(config(total), backend="local", run_id="here")
+    run = await client.launch(config(total, **TWO), backend="ray", run_id="first")
+    wait_until(lambda: steps(bucket, "first"), patience=600)
     await client.stop(run.id)
     [stopped] = await client.wait(run.id)
     assert stopped.status is TrainingStatus.CANCELLED
-    at = max(steps(bucket, "begun"))
-    resumed = await client.resume(run.id, new_id="again")
-    wait_until(lambda: max(steps(bucket, "again"), default=0) > at, patience=300)
-    worker = nodes.processes("ray::RayTrainWorker")[-1]
-    worker.kill()
-    [done] = await client.wait(resumed.id)
+
+    second = await client.resume(run.id, new_id="second")
+    first_step = max(steps(bucket, "first"))
+    wait_until(lambda: max(steps(bucket, "second"), default=0) > first_step, patience=600)
+    [driver] = nodes.processes("training_backends.trainer ray")[-1:]
+    driver.kill()
+    [lost] = await client.wait(second.id)
+    assert (lost.status, lost.failure and lost.failure.kind) == (TrainingStatus.FAILED, "lost")
+
+    third = await client.resume(second.id, new_id="third")
+    second_step = max(steps(bucket, "second"))
+    wait_until(lambda: max(steps(bucket, "third"), default=0) > second_step, patience=600)
+    nodes.lose("second")
+    nodes.join("another")
+    [done] = await client.wait(third.id)
     assert done.status is TrainingStatus.COMPLETED, done.failure
-    await client.wait(whole.id)
-    expected, found = await losses(client, whole), await losses(client, resumed)
-    assert min(found) == at + 1
+
+    await client.wait(here.id)
+    expected, found = await losses(client, here), await losses(client, third)
+    assert min(found) == second_step + 1
+    assert max(found) == total
     assert found == pytest.approx({step: expected[step] for step in found}, abs=1e-4)
-    target = await client.download(resumed.id, tmp_path / "model")
+    target = await client.download(third.id, tmp_path / "model")
     assert (target / "config.json").is_file()

@@ -15,6 +15,7 @@ from training_backends.backends.local.checkpoint_copy import unknown_checkpoint
 from training_backends.core.concurrency import run_all
 from training_backends.core.config import DataSource
 from training_backends.core.errors import BackendUnavailable, Issue, TrainingBackendError
+from training_backends.core.files import hold_lock
 from training_backends.core.run import Place, RunState, TrainingRun
 from training_backends.objects.store import ObjectStore
 from training_backends.rundir.checkpoints import best_step
@@ -25,6 +26,8 @@ __all__ = ["ObjectStorage"]
 
 _AT_ONCE: Final = 8
 """Runs that are updated concurrently."""
+_LOCK_PATIENCE: Final = 3600.0
+"""Seconds to wait for another process that downloads the same run's checkpoint."""
 
 
 class ObjectStorage:
@@ -163,7 +166,9 @@ class ObjectStorage:
         step = requested.removeprefix("step-")
         if not step.isdecimal() or int(step) not in found:
             raise unknown_checkpoint(run, requested, found)
-        if reason := stored.fetch_checkpoint(int(step), found[int(step)], directory):
+        with hold_lock(directory.path / ".checkpoints.lock", _LOCK_PATIENCE):
+            reason = stored.fetch_checkpoint(int(step), found[int(step)], directory)
+        if reason:
             raise unknown_checkpoint(run, requested, found, damage=reason)
 
     def copy_checkpoint(self, run: TrainingRun, new_id: str, requested: str | None) -> int:
