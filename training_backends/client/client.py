@@ -1,21 +1,17 @@
 """The asynchronous client: launches, records, observes and controls runs."""
 
-import shutil
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Self
-from uuid import uuid4
 
 import anyio
-from anyio import from_thread, to_thread
+from anyio import to_thread
 
 from training_backends.client.attempts import Attempts, OnRecord
-from training_backends.client.boundary import callers_own, guarded, make_backend
-from training_backends.client.config_file import ConfigLike, to_config
+from training_backends.client.boundary import guarded, make_backend
+from training_backends.client.config_file import ConfigLike
 from training_backends.client.follow import Following, is_reached
 from training_backends.client.journal import (
     Confirm,
@@ -28,14 +24,14 @@ from training_backends.client.launch import RunRecords, Steering
 from training_backends.client.leases import Leases
 from training_backends.client.observe import Observer, WatchSettings, last_seen
 from training_backends.client.poller import Poller
-from training_backends.client.push import push_to_hub, read_hub_target
+from training_backends.client.preparation import Preparation
 from training_backends.client.recovery import Recovery, recover
-from training_backends.client.remote_data import RemoteData, located, require_plain_uris
+from training_backends.client.remote_data import RemoteData
+from training_backends.client.results import Results
 from training_backends.client.run_record import (
     launch_lease,
     new_run_record,
     require_same,
-    unfit_fields,
     with_known_data,
 )
 from training_backends.client.watch import OnEvent, Watcher
@@ -45,12 +41,9 @@ from training_backends.core.backend import (
     TrainingBackend,
 )
 from training_backends.core.concurrency import run_all
-from training_backends.core.config import TrainingConfig, given_options
-from training_backends.core.dataset import Counting, CountProgress, Dataset
+from training_backends.core.dataset import CountProgress, Dataset
 from training_backends.core.errors import (
     BackendUnavailable,
-    ConfigError,
-    Issue,
     RunNotFound,
     StoreError,
     TrainingBackendError,
@@ -73,9 +66,7 @@ from training_backends.core.status import TrainingStatus, statuses_of
 from training_backends.core.tracing import span
 from training_backends.credentials.vault import CredentialVault
 from training_backends.objects.cache import ObjectCache, objects_directory
-from training_backends.objects.publish import MANIFEST, publish
 from training_backends.objects.settings import ObjectSettings
-from training_backends.objects.store import ObjectStore, scheme_of
 from training_backends.store import Metrics, RunStore
 from training_backends.store.changes import Changes
 from training_backends.store.salvage import check
@@ -116,16 +107,16 @@ class AsyncTrainingClient:
             store_url = store_url or settings.store_url
         self._store_url = store_url or f"sqlite:///{self.home / 'runs.db'}"
         self._store = RunStore(self._store_url)
-        self._cache = self.home / "cache" / "data"
         objects = objects or load_settings(ObjectSettings)
-        self._object_options = objects.options
-        self._remote = RemoteData(ObjectCache(objects_directory(self.home)), objects)
         self._credentials = credentials or CredentialVault(home=self.home)
         self._backends = {name: guarded(given, name) for name, given in (backends or {}).items()}
         self._own: list[TrainingBackend] = []
         watching = load_settings(WatchSettings)
         self._leases = Leases(self._store, self.home / "leases")
-        self._records = RunRecords(self._store, self._leases, self._localized)
+        remote = RemoteData(ObjectCache(objects_directory(self.home)), objects)
+        inspections = self.home / "cache" / "data"
+        self._preparation = Preparation(self._store, self._backend, remote, inspections)
+        self._records = RunRecords(self._store, self._leases, self._preparation.localized)
         self._observer = Observer(self._store, self._backend, watching)
         self._steering = Steering(self._store, self._leases, self._records, self._observer)
         self._following = Following(
@@ -138,6 +129,13 @@ class AsyncTrainingClient:
         )
         self._attempts = Attempts(
             self._store, self._records, self._following, stop=self.stop, resume=self.resume
+        )
+        self._results = Results(
+            self._observer,
+            home=self.home,
+            status=self.status,
+            credentials=self._credentials,
+            object_options=objects.options,
         )
         self._making = anyio.Lock()
         self._closed = False
@@ -201,18 +199,14 @@ class AsyncTrainingClient:
             backend: Check the rows for this backend; None: for the Mistral protocol.
         """
         chosen = None if backend is None else await self._backend(backend)
-        recorded = await self._config(config, chosen)
-        local = self._local(recorded, chosen)
-        return _located(await self._read(local, chosen), recorded, local)
+        recorded = await self._preparation.recorded(config, chosen)
+        return await self._preparation.inspect(recorded, chosen)
 
     async def validate(self, config: ConfigLike, *, backend: str) -> ValidationReport:
         """Check configuration and data without uploading or spending anything."""
         chosen = await self._backend(backend)
-        recorded = await self._config(config, chosen)
-        local = self._local(recorded, chosen)
-        dataset, report = await self._judged(chosen, local)
-        issues = located((*dataset.issues, *report.issues), recorded, local)
-        return ValidationReport(issues=issues, dataset=_located(dataset, recorded, local))
+        recorded = await self._preparation.recorded(config, chosen)
+        return await self._preparation.validate(recorded, chosen)
 
     async def estimate(
         self,
@@ -236,13 +230,10 @@ class AsyncTrainingClient:
             DatasetError: The data has errors.
         """
         chosen = await self._backend(backend)
-        recorded = await self._config(config, chosen)
-        config = self._local(recorded, chosen)
-        _require_valid(chosen, unfit_fields(chosen, config))
-        dataset = await self._inspected(chosen, config)
-        _require_sound(_located(dataset, recorded, config))
-        wishes = Counting(sample=sample, exact=exact, on_progress=on_counting)
-        return await self._estimated(chosen, config, dataset, wishes)
+        recorded = await self._preparation.recorded(config, chosen)
+        return await self._preparation.estimate(
+            recorded, chosen, sample=sample, exact=exact, on_counting=on_counting
+        )
 
     async def launch(
         self,
@@ -279,7 +270,7 @@ class AsyncTrainingClient:
             AmbiguousLaunch: It is unknown whether an earlier attempt succeeded.
         """
         chosen = await self._backend(backend)
-        config = await self._config(config, chosen)
+        config = await self._preparation.recorded(config, chosen)
         run_id = new_run_id() if run_id is None else _require_text("run_id", run_id)
         watch = LaunchWatch(
             on_progress=on_progress, on_update=on_update, on_notice=on_notice, confirm=confirm
@@ -288,7 +279,7 @@ class AsyncTrainingClient:
         async with self._leases.hold(launch_lease(run_id)) as lease:
             known = await self._records.known(run_id)
             if known is None:
-                dataset, estimate = await self._prepare(chosen, config, watch)
+                dataset, estimate = await self._preparation.prepare(config, chosen, watch)
                 run = run.model_copy(update={"estimate": estimate})
                 await to_thread.run_sync(self._store.insert, run)
                 named = {source.path for source in (*config.data.train, *config.data.validation)}
@@ -676,16 +667,7 @@ class AsyncTrainingClient:
             UnsupportedOperation: The backend has no weight download, or the run has no model.
             ConfigError: There is no such checkpoint.
         """
-        run = await self.status(run_id)
-        await self._observer.require_here(run, "download the model of")
-        backend = await self._backend(run.backend)
-        if checkpoint is not None:
-            if not backend.capabilities.downloads_checkpoints:
-                raise backend.unsupported("download a checkpoint", "Omit the checkpoint.")
-            return await backend.download_checkpoint(run, checkpoint, Path(target))
-        if backend.capabilities.downloads:
-            _require_model(backend, run, "download")
-        return await backend.download(run, Path(target))
+        return await self._results.download(run_id, Path(target), checkpoint)
 
     async def push(
         self,
@@ -712,15 +694,9 @@ class AsyncTrainingClient:
             CredentialNotFound: No token is stored.
             UnsupportedOperation: See `download`.
         """
-        repository = read_hub_target(target)
-        token = await self._credentials.get("huggingface", profile)
-        message = f"Upload the model of {run_id}"
-        make = partial(
-            TemporaryDirectory, prefix="push-", dir=self.home, ignore_cleanup_errors=True
+        return await self._results.push(
+            run_id, target, checkpoint=checkpoint, private=private, profile=profile
         )
-        with await to_thread.run_sync(make) as directory:
-            model = await self.download(run_id, Path(directory, "model"), checkpoint=checkpoint)
-            return await push_to_hub(model, repository, token, private=private, message=message)
 
     async def publish(
         self,
@@ -748,31 +724,9 @@ class AsyncTrainingClient:
             BackendNotInstalled: The package of the store is not installed.
             TrainingBackendError: The store or the model cannot be used; see also `download`.
         """
-        options = self._object_options.get(scheme_of(url))
-        store = await to_thread.run_sync(ObjectStore, url, options)
-        try:
-            await to_thread.run_sync(store.check)
-        except RunNotFound as error:
-            raise ConfigError(error.message, hint="Create the bucket.") from None
-        directory = anyio.Path(self.home / "cache" / f"publish-{uuid4().hex}")
-        try:
-            target = Path(directory / run_id)
-            await directory.mkdir(parents=True)
-            path = await self.download(run_id, target, checkpoint=checkpoint)
-            about = {"run": run_id, **({"checkpoint": checkpoint} if checkpoint else {})}
-
-            def progress(name: str, done: int, total: int) -> None:
-                _check_cancelled()
-                if on_progress:
-                    with callers_own():
-                        from_thread.run_sync(on_progress, name, done, total)
-
-            await to_thread.run_sync(publish, path, store, about, progress)
-        finally:
-            with anyio.CancelScope(shield=True):
-                remove = partial(shutil.rmtree, directory, ignore_errors=True)
-                await to_thread.run_sync(remove)
-        return store.place(MANIFEST)
+        return await self._results.publish(
+            run_id, url, checkpoint=checkpoint, on_progress=on_progress
+        )
 
     async def sample(self, run_id: str, prompt: str, *, max_tokens: int = 64) -> Reply:
         """Prompt the trained model of a run, if its backend can serve it.
@@ -784,12 +738,7 @@ class AsyncTrainingClient:
             UnsupportedOperation: The backend cannot serve models, or the run has no model.
             BackendUnavailable: The model cannot be loaded.
         """
-        run = await self.status(run_id)
-        await self._observer.require_here(run, "ask the model of")
-        backend = await self._backend(run.backend)
-        if backend.capabilities.samples:
-            _require_model(backend, run, "ask")
-        return await backend.sample(run, prompt, max_tokens=max_tokens)
+        return await self._results.sample(run_id, prompt, max_tokens)
 
     async def evaluate(
         self,
@@ -939,124 +888,6 @@ class AsyncTrainingClient:
                 hint="Create a new client, or close it after the last call.",
             )
 
-    async def _config(self, config: ConfigLike, backend: TrainingBackend | None) -> TrainingConfig:
-        """Return the configuration as it is recorded.
-
-        Without unset options, and with the digests of its chat template and of its remote data,
-        which is fetched.
-        """
-        options = None if backend is None else backend.options_model
-        found = await to_thread.run_sync(to_config, config, options)
-        if backend is None or not _reads_uris(backend):
-            found = await self._fetched(found)
-        else:
-            require_plain_uris(found)
-        if found.chat_template is not None:
-            template = await to_thread.run_sync(found.chat_template.pinned)
-            found = found.model_copy(update={"chat_template": template})
-        if options is None or not found.options:
-            return found
-        given = given_options(options, found.options)
-        return found.model_copy(update={"options": given})
-
-    async def _fetched(self, config: TrainingConfig) -> TrainingConfig:
-        """Return a configuration with the digests of its remote data, which is then local."""
-        if all(each.uri is None for each in (*config.data.train, *config.data.validation)):
-            return config
-        found = await self._remote.recorded(config)
-        if await to_thread.run_sync(self._remote.is_full):
-            live = [run.config for run in await self.list() if not run.status.is_terminal]
-            needed = [
-                each.sha256
-                for config in (found, *live)
-                for each in (*config.data.train, *config.data.validation)
-                if each.sha256
-            ]
-            await to_thread.run_sync(self._remote.trim, needed)
-        return found
-
-    def _local(self, config: TrainingConfig, backend: TrainingBackend | None) -> TrainingConfig:
-        """Return a recorded configuration as a backend sees it."""
-        if backend is not None and _reads_uris(backend):
-            return config
-        return self._remote.local(config)
-
-    async def _localized(self, run: TrainingRun) -> TrainingRun:
-        """Return a recorded run as its backend sees it; fetches data that is not here (again)."""
-        backend = await self._backend(run.backend)
-        if _reads_uris(backend):
-            return run
-        config = await self._fetched(run.config)
-        return run.model_copy(update={"config": self._local(config, backend)})
-
-    async def _read(self, config: TrainingConfig, backend: TrainingBackend | None) -> Dataset:
-        def read() -> Dataset:
-            # In a thread, and not at all for commands that read no data.
-            from training_backends.datasets.inspect import inspect, list_files  # noqa: PLC0415
-
-            if backend is not None and not backend.capabilities.inspects:
-                return list_files(config)
-            observed = partial(inspect, config, on_progress=_check_cancelled, cache=self._cache)
-            if backend is None:
-                return observed()
-            return observed(provider_format=backend.capabilities.provider_format)
-
-        return await to_thread.run_sync(read)
-
-    async def _inspected(self, backend: TrainingBackend, config: TrainingConfig) -> Dataset:
-        """Read the data, tolerating as many bad rows as the backend's options allow."""
-        dataset = await self._read(config, backend)
-        return dataset.tolerating(backend.tolerated_bad_rows(config))
-
-    async def _judged(
-        self, backend: TrainingBackend, config: TrainingConfig
-    ) -> tuple[Dataset, ValidationReport]:
-        """Read the data and have the backend validate it, unless a field does not fit it."""
-        if issues := unfit_fields(backend, config):
-            return await self._read(config, backend), ValidationReport(issues=tuple(issues))
-        dataset = await self._inspected(backend, config)
-        with span("training_backends.validate", backend=backend.name):
-            return dataset, await backend.validate(config, self._counting(dataset))
-
-    async def _prepare(
-        self, backend: TrainingBackend, config: TrainingConfig, watch: LaunchWatch
-    ) -> tuple[Dataset, Estimate]:
-        """Validate and estimate, before the run is recorded."""
-        recorded, config = config, self._local(config, backend)
-        dataset, report = await self._judged(backend, config)
-        _require_sound(_located(dataset, recorded, config))
-        _require_valid(backend, located(report.errors, recorded, config))
-        estimate = await self._estimated(backend, config, dataset)
-        if backend.capabilities.quotes:
-            config.budget.check(estimate)  # the provider's quote is confirmed later
-        else:
-            await watch.decide(estimate, config.budget)
-        return dataset, estimate
-
-    async def _estimated(
-        self,
-        backend: TrainingBackend,
-        config: TrainingConfig,
-        dataset: Dataset,
-        wishes: Counting | None = None,
-    ) -> Estimate:
-        with span("training_backends.estimate", backend=backend.name):
-            return await backend.estimate(config, self._counting(dataset, wishes))
-
-    def _counting(self, dataset: Dataset, wishes: Counting | None = None) -> Dataset:
-        """Return the dataset for a backend: counts are kept, and cancelled with the task."""
-        wishes = wishes or Counting()
-        callback = wishes.on_progress
-
-        def on_progress(path: Path, done: int, total: int) -> None:
-            _check_cancelled()
-            if callback:
-                with callers_own():
-                    callback(path, done, total)
-
-        wishes = replace(wishes, cache=self._cache, on_progress=on_progress)
-        return dataset.model_copy(update={"counting": wishes})
-
     def _poller(self, backend: str, *, only: Collection[str] | None = None) -> Poller:
         return Poller(backend, self._store, self._leases, self._observer, only=only)
 
@@ -1067,38 +898,6 @@ async def _close(backend: TrainingBackend) -> None:
         await backend.aclose()
     except TrainingBackendError as error:
         log.warning("backend not closed", backend=backend.name, reason=error.message)
-
-
-def _reads_uris(backend: TrainingBackend) -> bool:
-    """Return whether a backend or its provider reads data by URI itself."""
-    return "uri" in backend.capabilities.data
-
-
-def _located(dataset: Dataset, config: TrainingConfig, local: TrainingConfig) -> Dataset:
-    """Return a dataset whose issues name the URL of remote data, not its path in the cache."""
-    return dataset.model_copy(update={"issues": located(dataset.issues, config, local)})
-
-
-def _require_sound(dataset: Dataset) -> None:
-    from training_backends.datasets.inspect import raise_for_errors  # noqa: PLC0415  # see `_read`
-
-    raise_for_errors(dataset)
-
-
-def _require_valid(backend: TrainingBackend, errors: Sequence[Issue]) -> None:
-    if errors:
-        raise ConfigError(
-            f"The configuration is not valid for the backend {backend.name!r}.",
-            issues=errors,
-            backend=backend.name,
-        )
-
-
-def _require_model(backend: TrainingBackend, run: TrainingRun, verb: str) -> None:
-    if run.status is not TrainingStatus.COMPLETED:
-        raise backend.unsupported(
-            f"{verb} the model of a run that is {run.status}", "Only completed runs have a model."
-        )
 
 
 def _require_text(name: str, value: object) -> str:
@@ -1113,8 +912,3 @@ def _as_status(status: str) -> TrainingStatus:
     except ValueError:
         words = ", ".join(TrainingStatus)
         raise ValueError(f"status must be one of {words}, not {status!r}") from None
-
-
-def _check_cancelled(*_: object) -> None:
-    """Cancel reading and counting in a thread together with the task that waits for it."""
-    from_thread.check_cancelled()

@@ -13,7 +13,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -682,6 +682,11 @@ OPENAI_UPLOAD: Final = UploadRules(
     lifetime=_expires_after,
     read_facts=read_openai_facts,
 )
+
+
+def upload_of(provider_format: ProviderFormat) -> UploadRules:
+    """Return the rules for people, whose files are checked for what the backend trains on."""
+    return replace(_MISTRAL_UPLOAD, read_facts=partial(read_facts, provider_format=provider_format))
 
 
 def clean_name(filename: str, field: str = "file") -> str:

@@ -159,13 +159,7 @@ class JobService:
         Raises:
             HTTPProblem: The request is invalid.
         """
-        job = check_openai_job(
-            request,
-            await self._offered(request.model, caller),
-            self._client.backend(self._backend),
-            default_epochs=self._settings.default_epochs,
-            idempotency_key=repetition.key,
-        )
+        job = await self._check_openai(request, caller, key=repetition.key)
         new_id = str(uuid4())
 
         def work(connection: sa.Connection) -> str:
@@ -210,9 +204,24 @@ class JobService:
         Raises:
             HTTPProblem: The request is invalid.
         """
-        job = await self._check(request, caller)
+        return await self._estimate(await self._check(request, caller), caller)
+
+    async def dry_run_openai(
+        self, request: FineTuningJobIn, caller: Principal
+    ) -> LegacyJobMetadataOut:
+        """Estimate a job of the OpenAI API without creating it.
+
+        Raises:
+            HTTPProblem: The request is invalid.
+        """
+        return await self._estimate(await self._check_openai(request, caller), caller)
+
+    async def _estimate(self, job: CheckedJob, caller: Principal) -> LegacyJobMetadataOut:
         found = await self._store.aread(lambda c: self._find(c, job, caller))
         config = self._make_config(job, found, "dry-run")
+        capabilities = self._client.backend(self._backend).capabilities
+        if job.openai is not None and capabilities.inspects:
+            config = await self._files.converted(config, capabilities.provider_format)
         names = {**names_by_path(found.values()), **tuned_path(job.offer.name, config)}
         try:
             report = await self._client.validate(config, backend=self._backend)
@@ -299,6 +308,17 @@ class JobService:
             await self._offered(request.model, caller),
             self._client.backend(self._backend).capabilities,
             default_epochs=self._settings.default_epochs,
+        )
+
+    async def _check_openai(
+        self, request: FineTuningJobIn, caller: Principal, *, key: str | None = None
+    ) -> CheckedJob:
+        return check_openai_job(
+            request,
+            await self._offered(request.model, caller),
+            self._client.backend(self._backend),
+            default_epochs=self._settings.default_epochs,
+            idempotency_key=key,
         )
 
     async def _offered(self, name: str, caller: Principal) -> Catalogue:

@@ -332,9 +332,20 @@ _JOB: dict[int | str, dict[str, Any]] = {200: {"model": FineTuningJob}}
     _JOBS, responses=_JOB | {429: {"model": OpenAIProblem}}, dependencies=[SmallBody]
 )
 async def create_openai_job(
-    job: FineTuningJobIn, gateway: Opened, caller: Caller, repetition: Repeated
+    job: FineTuningJobIn,
+    gateway: Opened,
+    caller: Caller,
+    repetition: Repeated,
+    *,
+    dry_run: bool = False,
 ) -> JSONResponse:
-    """Create a job; a repeated request returns the job of the first one."""
+    """Create a job; a repeated request returns the job of the first one.
+
+    With `dry_run`, which the service does not have, return the estimate of the Mistral API.
+    """
+    if dry_run:
+        quote = await gateway.jobs.dry_run_openai(job, caller)
+        return JSONResponse(quote.model_dump(mode="json"))
     return await _show(gateway, await gateway.jobs.create_openai(job, caller, repetition), caller)
 
 

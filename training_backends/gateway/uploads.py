@@ -67,10 +67,13 @@ class FileFacts:
     sample_type: str
 
 
-def read_facts(path: Path, purpose: str) -> FileFacts:
+def read_facts(path: Path, purpose: str, *, provider_format: ProviderFormat = MISTRAL) -> FileFacts:
     """Check a training file or count the lines of a batch file; other files are not read.
 
     Blocking; reads line by line.
+
+    Args:
+        provider_format: Format of the rows of a training file.
 
     Raises:
         HTTPProblem: A training file has invalid lines.
@@ -79,10 +82,10 @@ def read_facts(path: Path, purpose: str) -> FileFacts:
         return FileFacts(_count_lines(path), "batch_request")
     if purpose != "fine-tune":
         return FileFacts(None, "instruct")
-    found = check_upload(path, provider_format=MISTRAL, max_errors=SHOWN_ERRORS)
+    found = check_upload(path, provider_format=provider_format, max_errors=SHOWN_ERRORS)
     if found.errors:
         raise _refusal(found.errors)
-    # The protocol has no sample type for classifier data.
+    # The protocol has no sample type for classifier data and preference pairs.
     sample_type = "pretrain" if found.sample_type == "pretrain" else "instruct"
     return FileFacts(found.num_lines, sample_type)
 
