@@ -187,7 +187,7 @@ def clean_up(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip the confirmation.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Apply retention now: delete old runs, checkpoints, files and logs.
+    """Delete old runs, checkpoints, files and logs now.
 
     Without --older-than, the periods of the settings and of the project apply. With it, models of
     completed jobs are deleted only with `--only completed`.
