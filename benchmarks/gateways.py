@@ -295,17 +295,17 @@ def rows(name: str) -> bytes:
 
 
 async def kill_now_and_then(fleet: Fleet, ledger: Ledger, every: float, until: float) -> None:
-    """Kill one gateway after the other, each started again before the next is killed."""
+    """Kill one gateway after the other, each answering again before the next is killed."""
     order = random.Random(0)
     while time.monotonic() < until - every or len(ledger.kills) < FEWEST_KILLS:
         await asyncio.sleep(every - 1)
+        await all_answer(fleet.ports)
         number = order.randrange(COUNT)
         ledger.kills.append((time.monotonic(), math.inf))
         await asyncio.to_thread(fleet.kill, number)
         ledger.kills[-1] = ledger.kills[-1][0], time.monotonic()
         await asyncio.sleep(1)
         await asyncio.to_thread(fleet.restart, number)
-        await all_answer([fleet.ports[number]])
 
 
 async def compared(url: str, ledger: Ledger, home: Path) -> list[str]:

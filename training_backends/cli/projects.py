@@ -171,7 +171,7 @@ def set_project(
 @projects.command("cleanup")
 def clean_up(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Project; default: all.")
+        str | None, typer.Argument(metavar="NAME", help="Project; default: all.")
     ] = None,
     only: Annotated[
         list[_KindName] | None,
@@ -187,7 +187,7 @@ def clean_up(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip the confirmation.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Delete now what retention would delete: runs, checkpoints, files, logs.
+    """Delete old runs, checkpoints, files and logs now.
 
     Without --older-than, the periods of the settings and of the project apply. With it, models of
     completed jobs are deleted only with `--only completed`.

@@ -34,12 +34,13 @@ from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore
 from training_backends.rundir.place import make_place
 from training_backends.store.gateway_schema import (
+    DEFAULT_PROJECT,
     HAS_CHECKPOINTS,
     HAS_LOGS,
     HAS_RUN,
-    files,
     job_counts,
     jobs,
+    keys,
     models,
 )
 
@@ -297,9 +298,10 @@ class _Sweep:
 
 
 def _projects(connection: sa.Connection) -> list[str]:
+    """Return all projects, from tables that are small; the static key belongs to the default."""
     counted = sa.select(job_counts.c.project).where(job_counts.c.day == _ALL_DAYS)
-    own = sa.select(files.c.project).where(files.c.deleted_at.is_(None)).distinct()
-    return sorted(connection.execute(sa.union(counted, own)).scalars())
+    found = connection.execute(sa.union(counted, sa.select(keys.c.project))).scalars()
+    return sorted({*found, DEFAULT_PROJECT})
 
 
 def _ended(
