@@ -1,7 +1,7 @@
 """What clients ask of a gateway and what it repeats, below HTTP, to compare stores of any size."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -13,6 +13,7 @@ from anyio import to_thread
 
 from tests.gateway.filling import LIVE, copy_id
 from training_backends.core.run import LogRecord, Observation, RunState, TrainingRun, utc_now
+from training_backends.gateway.console_feed import ConsoleFeed
 from training_backends.gateway.console_runs import RunQuery, list_runs
 from training_backends.gateway.files import FileFilters
 from training_backends.gateway.gateway import Gateway, open_gateway
@@ -22,7 +23,7 @@ from training_backends.gateway.keys import Principal
 from training_backends.gateway.metrics import _read_jobs
 from training_backends.gateway.openai_jobs import list_openai_jobs
 from training_backends.gateway.projects import waiting_jobs
-from training_backends.gateway.runner import _behind, _pending
+from training_backends.gateway.runner import _behind, _open, _pending
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore, database_url
 from training_backends.store.database import Database
@@ -70,12 +71,17 @@ async def filled_gateway(
         settings, home=home, url="http://localhost", backend="scripted", backends=backends
     ) as gateway:
         url = database_url(gateway.home, store_url)
-        with closing(GatewayStore(url)) as store, closing(RunStore(url)) as runs:
-            services: tuple[Any, ...] = (gateway.jobs, gateway.files, gateway.models)
-            for service in (*services, gateway.checkpoints):
-                service._store = store
+        store = await to_thread.run_sync(GatewayStore, url)
+        runs = await to_thread.run_sync(RunStore, url)
+        services: tuple[Any, ...] = (gateway.jobs, gateway.files, gateway.models)
+        for service in (*services, gateway.checkpoints):
+            service._store = store
+        try:
             operations = _operations(gateway, store, runs, count)
             yield FilledGateway(stores=(store, runs), operations=operations)
+        finally:
+            await to_thread.run_sync(store.close)
+            await to_thread.run_sync(runs.close)
 
 
 def _operations(
@@ -120,7 +126,7 @@ def _operations(
         await to_thread.run_sync(runs.backends_to_watch)
         await to_thread.run_sync(partial(runs.live, backend="scripted"))
         await to_thread.run_sync(partial(runs.undelivered, backend="scripted", limit=1))
-        for search in (_behind, _pending, waiting_jobs):
+        for search in (_open, _behind, _pending, waiting_jobs):
             await store.aread(search)
 
     def append() -> None:
@@ -142,6 +148,7 @@ def _operations(
         "status of a job": status,
         "a checkpoint by its name": checkpoint,
         "runs in the console": console,
+        "changes for the console": ConsoleFeed(store)._look,
         "sweep": sweep,
         "jobs for /metrics": partial(store.aread, _read_jobs),
         "append an event": partial(to_thread.run_sync, append),

@@ -78,7 +78,10 @@ def fill(store: GatewayStore, job_id: str, count: int) -> None:
 
 
 def analyze(store: GatewayStore) -> None:
-    """Let the planner know what was filled in, as the database does by itself after a while."""
+    """Let the planner know what was filled in, as a server does by itself after a while.
+
+    Nobody tells the planner of SQLite, so there the log is only written to the database.
+    """
     with _bulk(store) as engine:
         postgres = engine.dialect.name == "postgresql"
         alone = engine.execution_options(isolation_level="AUTOCOMMIT")
@@ -86,7 +89,7 @@ def analyze(store: GatewayStore) -> None:
             for statement in (
                 ("VACUUM (ANALYZE)", "CHECKPOINT")
                 if postgres
-                else ("ANALYZE", "PRAGMA wal_checkpoint(TRUNCATE)")
+                else ("PRAGMA wal_checkpoint(TRUNCATE)",)
             ):
                 connection.exec_driver_sql(statement)
 
@@ -163,6 +166,7 @@ def _copies(connection: sa.Connection, job_id: str, count: int) -> dict[sa.Table
             {
                 "id": new_id,
                 "created_at": age,
+                "modified_at": age,
                 "status": f"CASE WHEN {runs_now} THEN 'RUNNING' ELSE 'SUCCESS' END",
                 "cleaned_up": f"CASE WHEN {runs_now} THEN {false} ELSE {true} END",
                 "fine_tuned_model": f"'ft:m:' || {hexed}",

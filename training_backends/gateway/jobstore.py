@@ -49,6 +49,7 @@ from training_backends.store.job_counts import change_counts
 __all__ = [
     "CHECKPOINT_MARK",
     "JOB_DIGITS",
+    "OWNER",
     "accept_start",
     "add_event",
     "advance_job",
@@ -72,6 +73,9 @@ __all__ = [
 
 CHECKPOINT_MARK: Final = ":ckpt-step-"
 """Between the name of a model and the step of one of its checkpoints."""
+OWNER: Final = sa.func.coalesce(jobs.c.project, "")
+"""Project of a job, in a query that has a better index than those by project. SQLite does not know
+how many jobs a project has, and would take one of these."""
 JOB_DIGITS: Final = 8
 """Characters of the job's id at the end of a model's name."""
 SHOWN_ISSUES = 20
