@@ -150,6 +150,8 @@ def load_trainer() -> None:
     from training_backends.trainer.environment import importing  # noqa: PLC0415
 
     with importing("tiny-mistral"):
+        import peft  # noqa: PLC0415, F401
+
         import training_backends.trainer.run  # noqa: PLC0415, F401
         from training_backends.trainer.models import make_tiny_model  # noqa: PLC0415
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401  # loads bitsandbytes too
 import torch
 
 import training_backends.trainer.run  # noqa: F401  # loads what training needs
