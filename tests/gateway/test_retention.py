@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from anyio import to_thread
 
 from tests.gateway.conftest import ROWS, Site, jsonl, site
+from tests.gateway.test_chat import ASKED, answered
 from tests.gateway.test_checkpoint_models import KeepsCheckpoints
 from tests.waiting import until
 from training_backends.core.errors import BackendUnavailable, RunNotFound
@@ -24,6 +25,7 @@ from training_backends.gateway.projects import FOREVER, Kind, ProjectStore
 from training_backends.gateway.retention import Expired, Retention
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.store.gateway_schema import jobs
+from training_backends.testing.server import LoopbackServer
 
 pytestmark = pytest.mark.anyio
 
@@ -208,6 +210,36 @@ async def test_an_old_model_that_nobody_uses_is_deleted(here: Site) -> None:
         assert await here.get(each["id"]) == each
     assert await sweep(here, "completed") == []
     assert await audited(here) == [("job.expire", derived["id"]), ("job.expire", job["id"])]
+
+
+async def test_a_chat_and_a_download_are_uses(tmp_path: Path) -> None:
+    """The model is kept for as long again."""
+    with LoopbackServer(answered) as upstream:
+        url = f"{upstream.base_url}/v1"
+        async with site(tmp_path / "home", KeepsCheckpoints(), inference_url=url) as here:
+            (here.home / "model").mkdir()
+            job = await completed(here)
+            name = job["fine_tuned_model"]
+            await here.http.post("/v1/chat/completions", json={**ASKED, "model": name})
+            assert await sweep(here, "completed") == []
+            await unused(here, job["id"])
+            here.served.gateway.models._use._known.clear()  # an hour passes
+            assert (await here.http.get(f"/v1/models/{name}/weights")).status_code == 200
+            assert await sweep(here, "completed") == []
+            await unused(here, job["id"])
+            assert len(await sweep(here, "completed")) == 1
+
+
+async def test_a_run_that_is_a_base_model_of_the_catalogue_is_kept(tmp_path: Path) -> None:
+    """The operator offers its result under another name."""
+    home, offers = tmp_path / "home", tmp_path / "catalogue.toml"
+    async with site(home, KeepsCheckpoints()) as here:
+        job = await completed(here)
+        backend = here.backend
+    result = home / "gateway" / "runs" / job["id"] / "result"
+    offers.write_text(f'[models.ours]\ntarget = "{result}"\ncontext_length = 2048\n')
+    async with site(home, backend, catalogue=offers) as again:
+        assert await sweep(again, "completed") == []
 
 
 async def test_checkpoints_that_nobody_uses_are_deleted(here: Site) -> None:

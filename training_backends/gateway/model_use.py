@@ -1,6 +1,7 @@
 """Records when models were last used, so that retention keeps them."""
 
 import time
+from collections.abc import Collection
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -14,6 +15,8 @@ __all__ = ["PRECISION", "ModelUse", "is_used", "used_steps"]
 
 log = get_logger()
 
+_ALL: Final = "*"
+"""Instead of a step, in jobs of a time when uses were not recorded."""
 PRECISION: Final = 3600.0
 """Seconds; further uses within this time are not recorded."""
 
@@ -55,7 +58,7 @@ def is_used(job: Any, before: float) -> bool:
     return job.used_at is not None and job.used_at >= before - PRECISION
 
 
-def used_steps(job: Any, before: float) -> set[int]:
-    """Return the steps of the checkpoints of a job that were used since a time."""
-    found = (job.used_steps or {}).items()
-    return {int(step) for step, at in found if at >= before - PRECISION}
+def used_steps(job: Any, before: float, steps: Collection[int]) -> set[int]:
+    """Return those of the given steps of a job whose checkpoints were used since a time."""
+    known = {step: at for step, at in (job.used_steps or {}).items() if at >= before - PRECISION}
+    return {step for step in steps if str(step) in known or _ALL in known}

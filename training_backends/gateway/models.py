@@ -227,6 +227,11 @@ class ModelService:
         written = await self._checkpoints.paths(job.id)
         return [run, self._weights.copy(job.id), *written, *await self._chat.paths(job.id)]
 
+    def offers_any(self, places: Collection[Path]) -> bool:
+        """Return whether a model of the catalogue is in one of these directories. Blocking."""
+        targets = [Path(offer.target).absolute() for offer in self._catalogue.all()]
+        return any(target.is_relative_to(place) for target in targets for place in places)
+
     async def checkpoint_places(self, job: Any, steps: Collection[int]) -> list[Path]:
         """Return the directories of the models of checkpoints; some may not exist."""
         written = [self._checkpoints.written(job.id, step) for step in steps]

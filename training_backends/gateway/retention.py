@@ -210,6 +210,8 @@ class Retention:
         if not self._is_here(run):
             return None
         places = await self._models.places(job)
+        if await to_thread.run_sync(self._models.offers_any, places):
+            return None  # a base model of the catalogue
         freed = await to_thread.run_sync(_sizes, places)
         if sweep.dry_run:
             may = await self._store.aread(lambda c: _may_expire(c, job.id, sweep))
@@ -347,7 +349,7 @@ def _unused_steps(
     connection: sa.Connection, job_id: str, steps: Collection[int], sweep: _Sweep
 ) -> set[int]:
     """Return the steps of the checkpoints that nobody needs any more."""
-    used = used_steps(load_job(connection, job_id), sweep.before)
+    used = used_steps(load_job(connection, job_id), sweep.before, steps)
     return {*steps} - used - _derived(connection, job_id)
 
 
