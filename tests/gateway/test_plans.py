@@ -16,6 +16,7 @@ from tests.gateway.filled import filled_gateway
 from tests.gateway.filling import LIVE, analyze, fill
 from tests.postgres import Postgres
 from training_backends.gateway.files import _delete_expired
+from training_backends.gateway.retention import Retention
 from training_backends.gateway.runner import _behind
 from training_backends.gateway.store import GatewayStore
 
@@ -130,6 +131,9 @@ async def test_what_the_gateway_repeats_reads_what_is_live_only(
     with statements(store) as found:
         await store.aread(_behind)
         await store.aread(lambda c: _delete_expired(c) if c.dialect.name == "sqlite" else None)
+        gateway = here.served.gateway
+        sweeping = Retention(store, client, gateway.models, gateway.files, gateway.settings)
+        assert await sweeping.sweep(older_than=1e10, dry_run=True) == []
     with statements(runs) as more:  # type: ignore[arg-type]
         await to_thread.run_sync(lambda: runs.live(backend="scripted"))
         await to_thread.run_sync(runs.backends_to_watch)

@@ -43,6 +43,7 @@ from training_backends.gateway.external import ExternalServer, Find, Merge, Seen
 from training_backends.gateway.inference import InferenceServers, can_serve, inference_policy
 from training_backends.gateway.jobstore import OWNER, begins_with
 from training_backends.gateway.keys import Principal
+from training_backends.gateway.model_use import ModelUse
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore
 from training_backends.gateway.weights import WeightService
@@ -242,10 +243,12 @@ class ChatService:
         interpreter: Interpreter | None,
         catalogue: Catalogue,
         weights: WeightService,
+        use: ModelUse,
         settings: GatewaySettings,
         root: Path,
     ) -> None:
         self._store = store
+        self._use = use
         self._checkpoints = checkpoints
         self._catalogue = catalogue
         self._weights = weights
@@ -346,6 +349,10 @@ class ChatService:
         else:
             find = partial(self._weights.directory, str(job_id))
             complete = partial(self._result, str(job_id), name)
+        if checkpoint is not None:
+            await self._use.mark(checkpoint.job.id, checkpoint.point.step)
+        elif job_id is not None:
+            await self._use.mark(job_id)
         if self._external is not None:
             there = self._external
             target = offer.target if offer else await there.name_of(name, find, complete)
@@ -407,7 +414,7 @@ class ChatService:
 
     async def forget(self, job_id: str, name: str) -> None:
         """Stop the server of a fine-tuned model that is deleted, and remove its weights."""
-        paths = await to_thread.run_sync(lambda: [*self._merges.glob(f"{job_id}*")])
+        paths = await self.paths(job_id)
         if self._external is not None:
             await self._external.forget(name)
         if self._servers is not None:
@@ -417,6 +424,26 @@ class ChatService:
                 await self._servers.stop(directory)
         for merged in paths:
             await to_thread.run_sync(_remove, merged)
+
+    async def forget_checkpoint(self, key: str, name: str, written: Path) -> None:
+        """Stop the server of a checkpoint that is deleted, and remove its merged weights.
+
+        Args:
+            key: See `CheckpointModel.key`.
+            name: Name of its model.
+            written: Directory of its model, which may not exist.
+        """
+        if self._external is not None:
+            await self._external.forget(name, exactly=True)
+        merged = self._merges / key
+        if self._servers is not None:
+            for directory in (merged, written):
+                await self._servers.stop(directory)
+        await to_thread.run_sync(_remove, merged)
+
+    async def paths(self, job_id: str) -> list[Path]:
+        """Return the directories in which models of a job are merged."""
+        return await to_thread.run_sync(lambda: [*self._merges.glob(f"{job_id}*")])
 
     async def sweep(self) -> None:
         """Remove incomplete merges, those of deleted models, and those of base models."""

@@ -47,7 +47,7 @@ class CheckpointModel:
     @property
     def key(self) -> str:
         """Name for its directory."""
-        return f"{self.job.id}{_STEP}{self.point.step}"
+        return _key(self.job.id, self.point.step)
 
 
 class CheckpointModels:
@@ -108,6 +108,14 @@ class CheckpointModels:
                     await to_thread.run_sync(_remove, partial)
         return target
 
+    def written(self, job_id: str, step: int) -> Path:
+        """Return the directory of the model of a checkpoint, which may not exist."""
+        return self._directory / _key(job_id, step)
+
+    async def remove(self, job_id: str, step: int) -> None:
+        """Remove the model of a checkpoint that is deleted."""
+        await to_thread.run_sync(_remove, self.written(job_id, step))
+
     async def forget(self, job_id: str) -> None:
         """Remove the checkpoints of a model that is deleted."""
         for path in await self.paths(job_id):
@@ -125,6 +133,10 @@ class CheckpointModels:
             lambda connection: {row.id for row in among(connection, query, jobs.c.id, found)}
         )
         await to_thread.run_sync(_sweep, self._directory, kept)
+
+
+def _key(job_id: str, step: int) -> str:
+    return f"{job_id}{_STEP}{step}"
 
 
 def job_of_key(key: str) -> str:

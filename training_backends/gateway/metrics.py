@@ -157,7 +157,7 @@ class _LeaseMoves(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Return the metric."""
-        name, text = "training_backends_lease_moves", "Leases taken over from another process."
+        name, text = "training_backends_lease_moves", "Leases taken over from a process that died."
         family: Any = CounterMetricFamily(name, text)
         family.add_metric([], LeaseTable.moves)
         return [family]
