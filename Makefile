@@ -14,7 +14,8 @@ NEWEST := .cache/newest
 VERSIONS_TOOLS := blockbuster hypothesis opentelemetry-sdk pytest pytest-timeout pytest-xdist
 VERSIONS_TESTS := tests/core tests/http tests/protocols tests/credentials tests/client \
 	tests/cli/test_main.py tests/cli/test_doctor.py tests/cli/test_render.py
-ORCHESTRATORS := prefect==3.9.1 dagster==1.13.29 apache-airflow==3.3.2
+ORCHESTRATORS := prefect==3.9.1 dagster==1.13.29 apache-airflow==3.3.2 dspy==3.4.1 \
+	nbclient==0.11.0+ipykernel==7.4.0
 TRACKERS := .cache/trackers
 TRACKER_TOOLS := blockbuster hypothesis openai==3.57.0 pytest pytest-timeout pytest-xdist
 EXTRAS := gateway,local,parquet,postgres,qlora,s3,tokens,zstd
@@ -62,10 +63,10 @@ test-trackers: ## Report runs to a real MLflow server and to offline W&B (minute
 	$(TRACKERS)/bin/python -m pytest -m trackers --timeout 900 tests/trainer/test_tracking.py
 
 # Each in an environment of its own, with the core package; the runs train in $(VENV).
-test-orchestrators: $(VENV)/.dev ## Run the scripts of docs/orchestrators.md (minutes)
+test-orchestrators: $(VENV)/.dev ## Train from Prefect, Dagster, Airflow, DSPy and Jupyter (minutes)
 	@for tool in $(ORCHESTRATORS); do \
 	  env=.cache/$${tool%%==*}; test -x $$env/bin/python || $(PYTHON) -m venv $$env; \
-	  $$env/bin/pip install --quiet $$tool --editable . || exit 1; \
+	  $$env/bin/pip install --quiet $$(echo $$tool | tr + ' ') --editable . || exit 1; \
 	done
 	$(BIN)/pytest -m orchestrators --timeout 900 tests/e2e/test_orchestrators.py
 

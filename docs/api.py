@@ -49,13 +49,13 @@ TYPES = {
     "client.watch": ("OnEvent",),
     "client.evaluation": ("Scorer",),
     "core.dataset": ("CountProgress",),
-    "core.run": ("UtcDatetime", "CleanText", "LogSource", "FailureKind"),
+    "core.run": ("Prompt", "UtcDatetime", "CleanText", "LogSource", "FailureKind"),
     "core.backend": ("JSONValue",),
 }
 
 
 def api() -> str:
-    """Return the documentation of all public names.
+    """Return the documentation of all public names but types, which `types` has.
 
     Raises:
         KeyError: A name's module is in no group.
@@ -64,7 +64,8 @@ def api() -> str:
     group_of = {module: group for group, modules in GROUPS.items() for module in modules}
     parts: dict[str, list[str]] = {group: [] for group in GROUPS}
     for name, module in names.items():
-        parts[group_of[module]].append(_documented(name, module))
+        if name not in TYPES.get(module, ()):
+            parts[group_of[module]].append(_documented(name, module))
     return "\n\n".join(
         f"## {group}\n\n" + "\n\n".join(documented) for group, documented in parts.items()
     )

@@ -41,6 +41,7 @@ CAPABILITIES = {
     "downloads": "model download",
     "downloads_checkpoints": "download of any checkpoint",
     "samples": "generate",
+    "samples_chats": "generate from conversations",
     "deletes": "delete",
     "pauses": "pause",
     "lists_remote": "run listing",

@@ -12,7 +12,7 @@ from training_backends import (
     TrainingRun,
     TrainingStatus,
 )
-from training_backends.core.run import utc_now
+from training_backends.core.run import Prompt, utc_now
 from training_backends.testing.backend import ScriptedBackend
 
 __all__ = ["ExampleBackend"]
@@ -64,7 +64,7 @@ class ExampleBackend(ScriptedBackend):
         assert checkpoint
         return await self.download(run, target)
 
-    async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
+    async def sample(self, run: TrainingRun, prompt: Prompt, *, max_tokens: int = 64) -> Reply:
         """Answer as the sample data does."""
         del run, max_tokens
         return Reply(answer="Pong." if prompt == "Ping?" else "It is 6.")

@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import anyio
+import msgspec
 from anyio import from_thread, to_thread
 
 from training_backends.client.boundary import callers_own
@@ -18,7 +19,7 @@ from training_backends.client.preparation import check_cancelled
 from training_backends.client.push import push_to_hub, read_hub_target
 from training_backends.core.backend import CredentialSource, TrainingBackend
 from training_backends.core.errors import ConfigError, RunNotFound
-from training_backends.core.run import Reply, TrainingRun
+from training_backends.core.run import ChatMessage, Prompt, Reply, TrainingRun
 from training_backends.core.status import TrainingStatus
 from training_backends.objects.publish import MANIFEST, publish
 from training_backends.objects.store import ObjectStore, scheme_of
@@ -110,17 +111,39 @@ class Results:
                 await to_thread.run_sync(remove)
         return store.place(MANIFEST)
 
-    async def sample(self, run_id: str, prompt: str, max_tokens: int) -> Reply:
+    async def sample(self, run_id: str, prompt: Prompt, max_tokens: int) -> Reply:
         """Prompt the model."""
+        prompt = _checked(prompt)
         run, backend = await self._found(run_id, "ask the model of")
         if backend.capabilities.samples:
             _require_model(backend, run, "ask")
+            if not (isinstance(prompt, str) or backend.capabilities.samples_chats):
+                raise backend.unsupported(
+                    "continue a conversation with the model of a run", "Give a single message."
+                )
         return await backend.sample(run, prompt, max_tokens=max_tokens)
 
     async def _found(self, run_id: str, verb: str) -> tuple[TrainingRun, TrainingBackend]:
         run = await self._status(run_id)
         await self._observer.require_here(run, verb)
         return run, await self._observer.backend_of(run.backend)
+
+
+def _checked(prompt: Prompt) -> Prompt:
+    """Return a conversation of a single user message as that message, which all backends take.
+
+    Raises:
+        ValueError: A conversation is malformed, or does not end with the user.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    try:
+        messages = msgspec.convert([*prompt], list[ChatMessage])
+    except (msgspec.ValidationError, TypeError) as error:
+        raise ValueError(f"prompt is neither a text nor a list of messages: {error}") from None
+    if not messages or messages[-1]["role"] != "user":
+        raise ValueError("prompt: the last message of a conversation must be the user's")
+    return messages[0]["content"] if len(messages) == 1 else messages
 
 
 def _require_model(backend: TrainingBackend, run: TrainingRun, verb: str) -> None:
