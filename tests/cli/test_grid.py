@@ -84,7 +84,7 @@ def test_costs_need_consent_once(run: Run, tmp_path: Path, configured: Answering
             "72",
         ),
         (["--grid", "suffix=a", "--follow"], 2, "`wait`"),
-        (["--grid", "hyperparameters.epoch=1,2"], 3, "hyperparameters.epoch"),
+        (["--grid", "hyperparameters.epoch=1,2"], 3, "--grid: hyperparameters.epoch"),
         (["--grid", "hyperparameters.seed=010"], 3, "YAML reads 010 as 8"),
     ],
 )

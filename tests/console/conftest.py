@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.gateway.conftest import KEY, Site, site
+from tests.gateway.conftest import KEY, Site, scripted, site
 from tests.gateway.test_chat import answered
 from training_backends.testing.server import LoopbackServer
 
@@ -48,7 +48,8 @@ async def here(
 ) -> AsyncIterator[Site]:
     """The gateway of a module."""
     home = tmp_path_factory.mktemp("console")
-    async with site(home, inference_url=f"{upstream.base_url}/v1") as opened:
+    backend = scripted(methods=frozenset({"sft", "dpo", "classifier"}))
+    async with site(home, backend, inference_url=f"{upstream.base_url}/v1") as opened:
         yield opened
 
 

@@ -89,6 +89,44 @@ async def test_a_run_by_hand(here: Site, chromium: Any) -> None:
             await shows(page, f".talk.{side} li.assistant", "2 tokens")
 
 
+PAIR = {
+    "input": {"messages": [{"role": "user", "content": "2 + 2?"}]},
+    "preferred_output": [{"role": "assistant", "content": "4"}],
+    "non_preferred_output": [{"role": "assistant", "content": "5"}],
+}
+LABELS = [
+    {"text": "I love it", "labels": {"mood": "good"}},
+    {"text": "I hate it", "labels": {"mood": "bad"}},
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "label"),
+    [("dpo", [PAIR], "Preferences (DPO)"), ("classifier", LABELS, "Classifier")],
+)
+async def test_the_method_follows_the_data(
+    here: Site, chromium: Any, name: str, rows: list[dict[str, Any]], label: str
+) -> None:
+    """And a classifier learns the labels that the data has."""
+    content = {"name": f"{name}.jsonl", "mimeType": "text/plain", "buffer": jsonl(rows)}
+    async with opened(chromium, here.served.url, "#/data", key=await key_of(here, name)) as page:
+        await page.locator("#upload").set_input_files(content)
+        await shows(page, "h1", f"{name}.jsonl")
+        await page.get_by_role("link", name="Launch a run with it").click()
+        await shows(page, ".figures", "free")
+        assert (
+            await page.get_by_label("Method").evaluate("at => at.selectedOptions[0].text") == label
+        )
+        await page.get_by_label("Name").fill(name)
+        await shows(page, ".figures", "free")
+        await page.locator("button[type=submit]:enabled").click()
+        await shows(page, ".head .badge", "running")
+        config = (await here.served.gateway.client.get(page.url.rpartition("/")[2])).config
+    assert config.method == name
+    labels = [target.labels for target in config.classifier_targets]
+    assert labels == ([("bad", "good")] if name == "classifier" else [])
+
+
 async def test_two_people_see_each_others_runs(here: Site, chromium: Any) -> None:
     """A launch, a pause and a stop of one show up at the other without a reload."""
     key = await key_of(here, "shared")

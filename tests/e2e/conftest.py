@@ -32,7 +32,7 @@ def serving(
 ) -> Iterator[Served]:
     """Run `training-backends serve --backend local` for the block, with more variables."""
     key = secrets.token_urlsafe(24)
-    command = [python, "-m", "training_backends", "serve", "--port", "0", "--json"]
+    command = [str(python), "-m", "training_backends", "serve", "--port", "0", "--json"]
     environment = {
         **{name: text for name, text in os.environ.items() if "TRAINING_BACKENDS" not in name},
         "TRAINING_BACKENDS_HOME": str(home),

@@ -138,6 +138,7 @@ LIFE = [
     command("credentials", "list"),
     command("projects", "set", "p", "--steps", "5"),
     command("projects", "list"),
+    command("projects", "cleanup", "--older-than", "1d", "--yes"),
     command("audit", "export", "--json"),
     command("credentials", "list", "--json"),
     command("doctor", code=(0, 1)),

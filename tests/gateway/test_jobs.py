@@ -285,6 +285,21 @@ async def test_a_running_job_is_cancelled_when_the_backend_has_stopped(here: Sit
     assert job["fine_tuned_model"] is None
 
 
+async def test_a_start_that_only_the_launch_reported_stays_among_the_events(here: Site) -> None:
+    """Also when the first observation finds the run stopping already."""
+    here.backend.trouble = BackendUnavailable("away", sent=False)
+    job_id, remote = await here.started()
+    await here.until(job_id, "RUNNING")
+    await here.http.post(f"{JOBS}/{job_id}/cancel")
+    await until(lambda: here.backend._jobs[remote].status is TrainingStatus.STOPPING)
+    here.backend.trouble = None
+    seen = len(here.backend.looks)
+    await until(lambda: len(here.backend.looks) > seen)
+    here.backend.say(remote, TrainingStatus.CANCELLED)
+    job = await here.until(job_id, "CANCELLED")
+    assert statuses(job)[-3:] == ["RUNNING", "CANCELLATION_REQUESTED", "CANCELLED"]
+
+
 async def test_a_job_cancelled_while_its_launch_fails_is_over(here: Site) -> None:
     """A backend that is away must not keep a job alive that nobody wants."""
     error = BackendUnavailable("away", sent=False)

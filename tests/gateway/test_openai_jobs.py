@@ -202,6 +202,21 @@ async def test_dpo_trains_with_its_beta(tmp_path: Path) -> None:
             assert config.options == ({"dpo_beta": 0.4} if asked else {})
 
 
+async def test_a_dry_run_estimates_and_creates_no_job(tmp_path: Path) -> None:
+    """For data that only the OpenAI format has, too."""
+    backend = reporting(methods=frozenset({"sft", "dpo"}))
+    async with site(tmp_path, backend) as here, openai_client(here) as sdk:
+        body: dict[str, Any] = {
+            "model": "tiny-mistral",
+            "training_file": await upload(sdk, jsonl(PREFERENCES)),
+            "method": {"type": "dpo"},
+        }
+        path = "/openai/v1/fine_tuning/jobs?dry_run=true"
+        quote = (await here.http.post(path, json=body)).json()
+        assert (quote["training_steps"], quote["cost"], quote["cost_currency"]) == (10, 0, "USD")
+        assert (await sdk.fine_tuning.jobs.list()).data == []
+
+
 async def test_rows_are_converted_for_the_backend(tmp_path: Path) -> None:
     """Rows of the OpenAI format that the backend does not accept; the file itself stays."""
     system, user, assistant = (

@@ -144,11 +144,12 @@ async def test_jobs_bytes_and_speed_are_read_from_the_database(here: Site) -> No
     await here.until(job_id, "RUNNING")
     for step, speed in ((1, 10.0), (2, 250.0)):
         here.backend.measure(remote, step, train_loss=1.0, tokens_per_second=speed)
+    here.backend.gate = anyio.Event()
     waiting = await here.create(files=[file_id])
-    await here.until(waiting["id"], "VALIDATED")
+    await here.until(waiting["id"], "VALIDATING")
     age = jobs.update().where(jobs.c.id == waiting["id"])
     write = here.served.gateway.store.awrite
-    await write(lambda c: c.execute(age.values(status="QUEUED", created_at=1.0)))
+    await write(lambda c: c.execute(age.values(created_at=1.0)))
 
     async def figures() -> Mapping[Any, float]:
         return await scrape(here)
@@ -156,11 +157,12 @@ async def test_jobs_bytes_and_speed_are_read_from_the_database(here: Site) -> No
     fastest = ("trainer_tokens_per_second", frozenset[str]())
     found = await until(figures, lambda found: found[fastest] == 250)
     assert found["jobs", frozenset({"RUNNING"})] == 1
-    assert found["jobs", frozenset({"QUEUED"})] == 1
+    assert found["jobs", frozenset({"VALIDATING"})] == 1
     assert found["job_queue_age_seconds", frozenset()] > 1e9
     assert found["stored_bytes", frozenset()] == len(jsonl())
     assert found["lease_moves_total", frozenset()] >= 0
     text = (await here.http.get("/metrics")).text
+    here.backend.gate.set()
     assert not re.search(r"[0-9a-f]{8}-[0-9a-f]{4}|default|mine|train\.jsonl", text)
 
 

@@ -63,8 +63,8 @@ def read_grid(
             f"{sweep_id}-{number}",
             load_config(
                 path,
-                [
-                    *overrides,
+                overrides,
+                grid=[
                     *(f"{name}={value}" for name, value in values.items()),
                     f'tags.grid="{sweep_id}"',
                 ],

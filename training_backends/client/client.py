@@ -1,21 +1,17 @@
 """The asynchronous client: launches, records, observes and controls runs."""
 
-import shutil
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Self
-from uuid import uuid4
 
 import anyio
-from anyio import from_thread, to_thread
+from anyio import to_thread
 
 from training_backends.client.attempts import Attempts, OnRecord
-from training_backends.client.boundary import callers_own, guarded, make_backend
-from training_backends.client.config_file import ConfigLike, to_config
+from training_backends.client.boundary import guarded, make_backend
+from training_backends.client.config_file import ConfigLike
 from training_backends.client.follow import Following, is_reached
 from training_backends.client.journal import (
     Confirm,
@@ -26,16 +22,17 @@ from training_backends.client.journal import (
 )
 from training_backends.client.launch import RunRecords, Steering
 from training_backends.client.leases import Leases
+from training_backends.client.notebook import notebook_progress
 from training_backends.client.observe import Observer, WatchSettings, last_seen
 from training_backends.client.poller import Poller
-from training_backends.client.push import push_to_hub, read_hub_target
+from training_backends.client.preparation import Preparation
 from training_backends.client.recovery import Recovery, recover
-from training_backends.client.remote_data import RemoteData, located, require_plain_uris
+from training_backends.client.remote_data import RemoteData
+from training_backends.client.results import Results
 from training_backends.client.run_record import (
     launch_lease,
     new_run_record,
     require_same,
-    unfit_fields,
     with_known_data,
 )
 from training_backends.client.watch import OnEvent, Watcher
@@ -45,12 +42,9 @@ from training_backends.core.backend import (
     TrainingBackend,
 )
 from training_backends.core.concurrency import run_all
-from training_backends.core.config import TrainingConfig, given_options
-from training_backends.core.dataset import Counting, CountProgress, Dataset
+from training_backends.core.dataset import CountProgress, Dataset
 from training_backends.core.errors import (
     BackendUnavailable,
-    ConfigError,
-    Issue,
     RunNotFound,
     StoreError,
     TrainingBackendError,
@@ -62,6 +56,7 @@ from training_backends.core.logging import get_logger
 from training_backends.core.plugins import installed_backends
 from training_backends.core.run import (
     LogRecord,
+    Prompt,
     Reply,
     TrainingRun,
     ValidationReport,
@@ -73,9 +68,7 @@ from training_backends.core.status import TrainingStatus, statuses_of
 from training_backends.core.tracing import span
 from training_backends.credentials.vault import CredentialVault
 from training_backends.objects.cache import ObjectCache, objects_directory
-from training_backends.objects.publish import MANIFEST, publish
 from training_backends.objects.settings import ObjectSettings
-from training_backends.objects.store import ObjectStore, scheme_of
 from training_backends.store import Metrics, RunStore
 from training_backends.store.changes import Changes
 from training_backends.store.salvage import check
@@ -116,16 +109,16 @@ class AsyncTrainingClient:
             store_url = store_url or settings.store_url
         self._store_url = store_url or f"sqlite:///{self.home / 'runs.db'}"
         self._store = RunStore(self._store_url)
-        self._cache = self.home / "cache" / "data"
         objects = objects or load_settings(ObjectSettings)
-        self._object_options = objects.options
-        self._remote = RemoteData(ObjectCache(objects_directory(self.home)), objects)
         self._credentials = credentials or CredentialVault(home=self.home)
         self._backends = {name: guarded(given, name) for name, given in (backends or {}).items()}
         self._own: list[TrainingBackend] = []
         watching = load_settings(WatchSettings)
         self._leases = Leases(self._store, self.home / "leases")
-        self._records = RunRecords(self._store, self._leases, self._localized)
+        remote = RemoteData(ObjectCache(objects_directory(self.home)), objects)
+        inspections = self.home / "cache" / "data"
+        self._preparation = Preparation(self._store, self._backend, remote, inspections)
+        self._records = RunRecords(self._store, self._leases, self._preparation.localized)
         self._observer = Observer(self._store, self._backend, watching)
         self._steering = Steering(self._store, self._leases, self._records, self._observer)
         self._following = Following(
@@ -138,6 +131,13 @@ class AsyncTrainingClient:
         )
         self._attempts = Attempts(
             self._store, self._records, self._following, stop=self.stop, resume=self.resume
+        )
+        self._results = Results(
+            self._observer,
+            home=self.home,
+            status=self.status,
+            credentials=self._credentials,
+            object_options=objects.options,
         )
         self._making = anyio.Lock()
         self._closed = False
@@ -201,18 +201,14 @@ class AsyncTrainingClient:
             backend: Check the rows for this backend; None: for the Mistral protocol.
         """
         chosen = None if backend is None else await self._backend(backend)
-        recorded = await self._config(config, chosen)
-        local = self._local(recorded, chosen)
-        return _located(await self._read(local, chosen), recorded, local)
+        recorded = await self._preparation.recorded(config, chosen)
+        return await self._preparation.inspect(recorded, chosen)
 
     async def validate(self, config: ConfigLike, *, backend: str) -> ValidationReport:
         """Check configuration and data without uploading or spending anything."""
         chosen = await self._backend(backend)
-        recorded = await self._config(config, chosen)
-        local = self._local(recorded, chosen)
-        dataset, report = await self._judged(chosen, local)
-        issues = located((*dataset.issues, *report.issues), recorded, local)
-        return ValidationReport(issues=issues, dataset=_located(dataset, recorded, local))
+        recorded = await self._preparation.recorded(config, chosen)
+        return await self._preparation.validate(recorded, chosen)
 
     async def estimate(
         self,
@@ -236,13 +232,10 @@ class AsyncTrainingClient:
             DatasetError: The data has errors.
         """
         chosen = await self._backend(backend)
-        recorded = await self._config(config, chosen)
-        config = self._local(recorded, chosen)
-        _require_valid(chosen, unfit_fields(chosen, config))
-        dataset = await self._inspected(chosen, config)
-        _require_sound(_located(dataset, recorded, config))
-        wishes = Counting(sample=sample, exact=exact, on_progress=on_counting)
-        return await self._estimated(chosen, config, dataset, wishes)
+        recorded = await self._preparation.recorded(config, chosen)
+        return await self._preparation.estimate(
+            recorded, chosen, sample=sample, exact=exact, on_counting=on_counting
+        )
 
     async def launch(
         self,
@@ -279,7 +272,7 @@ class AsyncTrainingClient:
             AmbiguousLaunch: It is unknown whether an earlier attempt succeeded.
         """
         chosen = await self._backend(backend)
-        config = await self._config(config, chosen)
+        config = await self._preparation.recorded(config, chosen)
         run_id = new_run_id() if run_id is None else _require_text("run_id", run_id)
         watch = LaunchWatch(
             on_progress=on_progress, on_update=on_update, on_notice=on_notice, confirm=confirm
@@ -288,7 +281,7 @@ class AsyncTrainingClient:
         async with self._leases.hold(launch_lease(run_id)) as lease:
             known = await self._records.known(run_id)
             if known is None:
-                dataset, estimate = await self._prepare(chosen, config, watch)
+                dataset, estimate = await self._preparation.prepare(config, chosen, watch)
                 run = run.model_copy(update={"estimate": estimate})
                 await to_thread.run_sync(self._store.insert, run)
                 named = {source.path for source in (*config.data.train, *config.data.validation)}
@@ -310,7 +303,9 @@ class AsyncTrainingClient:
         backend: str,
         run_id: str | None = None,
         attempts: int = 3,
+        follow: bool = True,
         on_record: OnRecord | None = None,
+        progress: bool = True,
         stop_on_cancel: bool = True,
         confirm: Confirm | None = None,
     ) -> TrainingRun:
@@ -323,8 +318,11 @@ class AsyncTrainingClient:
         Args:
             run_id: Your own id, see `run_id_from`; default: a generated one.
             attempts: Most runs in all, including those of earlier calls.
+            follow: False returns the newest run as soon as the provider has accepted it. Repeat
+                the call once that run has finished, which resumes it, returns it or raises.
             on_record: Called with every log record of the run that is followed, from its first.
                 An exception that it raises ends the call; the run keeps running.
+            progress: In a notebook, show the run's progress while it is followed.
             stop_on_cancel: Stop the run, with a checkpoint if the backend can, when this call is
                 cancelled. A repeated call then resumes it.
             confirm: See `launch`.
@@ -341,7 +339,9 @@ class AsyncTrainingClient:
             run_id,
             partial(self.launch, config, backend=backend, run_id=run_id, confirm=confirm),
             attempts=attempts,
+            follow=follow,
             on_record=on_record,
+            progress=notebook_progress() if progress and follow else None,
             stop_on_cancel=stop_on_cancel,
         )
 
@@ -592,13 +592,16 @@ class AsyncTrainingClient:
             hint="Wait again with a longer timeout, or check with `status`.",
         )
 
-    async def stop(self, run_id: str, *, save_checkpoint: bool = True) -> TrainingRun:
+    async def stop(
+        self, run_id: str, *, save_checkpoint: bool = True, resumable: bool = False
+    ) -> TrainingRun:
         """Ask the provider to stop a run, which may take a while.
 
         Safe to repeat. A run that was never launched is cancelled immediately.
 
         Args:
             save_checkpoint: Save the progress so far, if the provider can.
+            resumable: Let a repeated call of `run` resume it, instead of raising `RunFailed`.
 
         Raises:
             UnsupportedOperation: Another process is launching the run, and it has no job yet
@@ -607,7 +610,10 @@ class AsyncTrainingClient:
         run = await self.get(run_id)
         if not run.status.is_terminal:
             await self._observer.require_here(run, "stop")
-        return await self._steering.stop(run, save_checkpoint=save_checkpoint)
+        stopped = await self._steering.stop(run, save_checkpoint=save_checkpoint)
+        if resumable:
+            await self._attempts.note_stop(run_id)
+        return stopped
 
     async def pause(self, run_id: str) -> TrainingRun:
         """Ask the provider to pause a run, which may take a while.
@@ -676,16 +682,7 @@ class AsyncTrainingClient:
             UnsupportedOperation: The backend has no weight download, or the run has no model.
             ConfigError: There is no such checkpoint.
         """
-        run = await self.status(run_id)
-        await self._observer.require_here(run, "download the model of")
-        backend = await self._backend(run.backend)
-        if checkpoint is not None:
-            if not backend.capabilities.downloads_checkpoints:
-                raise backend.unsupported("download a checkpoint", "Omit the checkpoint.")
-            return await backend.download_checkpoint(run, checkpoint, Path(target))
-        if backend.capabilities.downloads:
-            _require_model(backend, run, "download")
-        return await backend.download(run, Path(target))
+        return await self._results.download(run_id, Path(target), checkpoint)
 
     async def push(
         self,
@@ -712,15 +709,9 @@ class AsyncTrainingClient:
             CredentialNotFound: No token is stored.
             UnsupportedOperation: See `download`.
         """
-        repository = read_hub_target(target)
-        token = await self._credentials.get("huggingface", profile)
-        message = f"Upload the model of {run_id}"
-        make = partial(
-            TemporaryDirectory, prefix="push-", dir=self.home, ignore_cleanup_errors=True
+        return await self._results.push(
+            run_id, target, checkpoint=checkpoint, private=private, profile=profile
         )
-        with await to_thread.run_sync(make) as directory:
-            model = await self.download(run_id, Path(directory, "model"), checkpoint=checkpoint)
-            return await push_to_hub(model, repository, token, private=private, message=message)
 
     async def publish(
         self,
@@ -748,48 +739,24 @@ class AsyncTrainingClient:
             BackendNotInstalled: The package of the store is not installed.
             TrainingBackendError: The store or the model cannot be used; see also `download`.
         """
-        options = self._object_options.get(scheme_of(url))
-        store = await to_thread.run_sync(ObjectStore, url, options)
-        try:
-            await to_thread.run_sync(store.check)
-        except RunNotFound as error:
-            raise ConfigError(error.message, hint="Create the bucket.") from None
-        directory = anyio.Path(self.home / "cache" / f"publish-{uuid4().hex}")
-        try:
-            target = Path(directory / run_id)
-            await directory.mkdir(parents=True)
-            path = await self.download(run_id, target, checkpoint=checkpoint)
-            about = {"run": run_id, **({"checkpoint": checkpoint} if checkpoint else {})}
+        return await self._results.publish(
+            run_id, url, checkpoint=checkpoint, on_progress=on_progress
+        )
 
-            def progress(name: str, done: int, total: int) -> None:
-                _check_cancelled()
-                if on_progress:
-                    with callers_own():
-                        from_thread.run_sync(on_progress, name, done, total)
-
-            await to_thread.run_sync(publish, path, store, about, progress)
-        finally:
-            with anyio.CancelScope(shield=True):
-                remove = partial(shutil.rmtree, directory, ignore_errors=True)
-                await to_thread.run_sync(remove)
-        return store.place(MANIFEST)
-
-    async def sample(self, run_id: str, prompt: str, *, max_tokens: int = 64) -> Reply:
+    async def sample(self, run_id: str, prompt: Prompt, *, max_tokens: int = 64) -> Reply:
         """Prompt the trained model of a run, if its backend can serve it.
 
         Args:
+            prompt: A user's message, or the messages of a conversation that ends with one.
             max_tokens: Maximum tokens to generate.
 
         Raises:
-            UnsupportedOperation: The backend cannot serve models, or the run has no model.
+            ValueError: The conversation is malformed.
+            UnsupportedOperation: The backend cannot serve models or continue conversations, or
+                the run has no model.
             BackendUnavailable: The model cannot be loaded.
         """
-        run = await self.status(run_id)
-        await self._observer.require_here(run, "ask the model of")
-        backend = await self._backend(run.backend)
-        if backend.capabilities.samples:
-            _require_model(backend, run, "ask")
-        return await backend.sample(run, prompt, max_tokens=max_tokens)
+        return await self._results.sample(run_id, prompt, max_tokens)
 
     async def evaluate(
         self,
@@ -803,13 +770,16 @@ class AsyncTrainingClient:
     ) -> "Evaluation":
         """Ask the trained model of a run the prompts of a data file and score its answers.
 
-        A row has one user message and the assistant's answer, a `prompt` and a `completion`, or,
-        for a classifier, a text and its labels, whose accuracy is the score. Rows with other
-        messages, such as a system prompt, earlier turns or images, are skipped and counted.
+        A row is a conversation that ends with the assistant's answer, a `prompt` and a
+        `completion`, or, for a classifier, a text and its labels, whose accuracy is the score. The
+        model is asked what comes before the last answer, including earlier turns as they are in
+        the data. Rows with tools or images are skipped and counted, as are those with a system
+        prompt or earlier turns if the backend takes single messages only.
 
         Args:
-            scorer: Called in a thread with the prompt, the expected and the given answer, one call
-                at a time; default: whether both answers are the same apart from white space.
+            scorer: Called in a thread with the last user message, the expected and the given
+                answer, one call at a time; default: whether both answers are the same apart from
+                white space.
             rows: Ask only the first `rows` of these rows; None: all.
             max_tokens: Maximum tokens of an answer.
             on_row: Called with each row, in the order of the file, and the number of all rows.
@@ -827,7 +797,9 @@ class AsyncTrainingClient:
         )
 
         run = await self.get(run_id)
-        questions, skipped = await to_thread.run_sync(read_questions, Path(file), rows)
+        chats = (await self._backend(run.backend)).capabilities.samples_chats
+        read = partial(read_questions, Path(file), rows, chats=chats)
+        questions, skipped = await to_thread.run_sync(read)
         ask = partial(self.sample, run.id, max_tokens=max_tokens)
         found = await ask_all(ask, questions, scorer=scorer or exact_match, on_row=on_row)
         return Evaluation(rows=tuple(found), skipped=skipped)
@@ -862,9 +834,60 @@ class AsyncTrainingClient:
                 await backend.delete(run)
         await to_thread.run_sync(partial(self._store.delete, run.id, created_at=run.created_at))
 
-    async def check_store(self) -> Sequence[str]:
-        """Return the problems of the run store, one line each, without changing it."""
-        return await to_thread.run_sync(check, self._store_url)
+    async def remove_checkpoints(self, run_id: str, steps: Collection[int]) -> TrainingRun:
+        """Remove the files of some checkpoints of a finished run; its model stays.
+
+        Raises:
+            RunNotFound: No run has exactly this id.
+            UnsupportedOperation: The run is not finished, belongs to another machine or home, or
+                its backend cannot remove checkpoints.
+        """
+        run, backend = await self._finished(run_id, "remove checkpoints of")
+        await backend.remove_checkpoints(run, steps)
+
+        def change(now: TrainingRun) -> TrainingRun:
+            points = tuple(
+                point.model_copy(update={"path": None}) if point.step in steps else point
+                for point in now.checkpoints
+            )
+            return now.model_copy(update={"checkpoints": points})
+
+        return await to_thread.run_sync(self._store.update, run.id, change)
+
+    async def remove_log(self, run_id: str, *, keep_steps: Collection[int] = ()) -> int:
+        """Delete the log and the metrics of a finished run; its status changes stay.
+
+        Args:
+            keep_steps: Steps whose metrics are kept.
+
+        Returns:
+            The size of the deleted records.
+
+        Raises:
+            RunNotFound: No run has exactly this id.
+            UnsupportedOperation: The run is not finished, or belongs to another machine or home.
+        """
+        run, backend = await self._finished(run_id, "remove the log of")
+        await backend.remove_log(run)
+        return await to_thread.run_sync(
+            partial(self._store.trim, run.id, keep_steps=frozenset(keep_steps))
+        )
+
+    async def _finished(self, run_id: str, verb: str) -> tuple[TrainingRun, TrainingBackend]:
+        run = await self.get(run_id)
+        await self._observer.require_here(run, verb)
+        backend = await self._backend(run.backend)
+        if not run.status.is_terminal:
+            raise backend.unsupported(f"{verb} a run that is {run.status}", "Stop it first.")
+        return run, backend
+
+    async def check_store(self, *, within: float | None = None) -> Sequence[str]:
+        """Return the problems of the run store, one line each, without changing it.
+
+        Args:
+            within: Seconds after which to return what was found; None: check everything.
+        """
+        return await to_thread.run_sync(partial(check, self._store_url, within=within))
 
     async def recover_store(self) -> Recovery:
         """Back up a damaged run store and rebuild it.
@@ -892,124 +915,6 @@ class AsyncTrainingClient:
                 hint="Create a new client, or close it after the last call.",
             )
 
-    async def _config(self, config: ConfigLike, backend: TrainingBackend | None) -> TrainingConfig:
-        """Return the configuration as it is recorded.
-
-        Without unset options, and with the digests of its chat template and of its remote data,
-        which is fetched.
-        """
-        options = None if backend is None else backend.options_model
-        found = await to_thread.run_sync(to_config, config, options)
-        if backend is None or not _reads_uris(backend):
-            found = await self._fetched(found)
-        else:
-            require_plain_uris(found)
-        if found.chat_template is not None:
-            template = await to_thread.run_sync(found.chat_template.pinned)
-            found = found.model_copy(update={"chat_template": template})
-        if options is None or not found.options:
-            return found
-        given = given_options(options, found.options)
-        return found.model_copy(update={"options": given})
-
-    async def _fetched(self, config: TrainingConfig) -> TrainingConfig:
-        """Return a configuration with the digests of its remote data, which is then local."""
-        if all(each.uri is None for each in (*config.data.train, *config.data.validation)):
-            return config
-        found = await self._remote.recorded(config)
-        if await to_thread.run_sync(self._remote.is_full):
-            live = [run.config for run in await self.list() if not run.status.is_terminal]
-            needed = [
-                each.sha256
-                for config in (found, *live)
-                for each in (*config.data.train, *config.data.validation)
-                if each.sha256
-            ]
-            await to_thread.run_sync(self._remote.trim, needed)
-        return found
-
-    def _local(self, config: TrainingConfig, backend: TrainingBackend | None) -> TrainingConfig:
-        """Return a recorded configuration as a backend sees it."""
-        if backend is not None and _reads_uris(backend):
-            return config
-        return self._remote.local(config)
-
-    async def _localized(self, run: TrainingRun) -> TrainingRun:
-        """Return a recorded run as its backend sees it; fetches data that is not here (again)."""
-        backend = await self._backend(run.backend)
-        if _reads_uris(backend):
-            return run
-        config = await self._fetched(run.config)
-        return run.model_copy(update={"config": self._local(config, backend)})
-
-    async def _read(self, config: TrainingConfig, backend: TrainingBackend | None) -> Dataset:
-        def read() -> Dataset:
-            # In a thread, and not at all for commands that read no data.
-            from training_backends.datasets.inspect import inspect, list_files  # noqa: PLC0415
-
-            if backend is not None and not backend.capabilities.inspects:
-                return list_files(config)
-            observed = partial(inspect, config, on_progress=_check_cancelled, cache=self._cache)
-            if backend is None:
-                return observed()
-            return observed(provider_format=backend.capabilities.provider_format)
-
-        return await to_thread.run_sync(read)
-
-    async def _inspected(self, backend: TrainingBackend, config: TrainingConfig) -> Dataset:
-        """Read the data, tolerating as many bad rows as the backend's options allow."""
-        dataset = await self._read(config, backend)
-        return dataset.tolerating(backend.tolerated_bad_rows(config))
-
-    async def _judged(
-        self, backend: TrainingBackend, config: TrainingConfig
-    ) -> tuple[Dataset, ValidationReport]:
-        """Read the data and have the backend validate it, unless a field does not fit it."""
-        if issues := unfit_fields(backend, config):
-            return await self._read(config, backend), ValidationReport(issues=tuple(issues))
-        dataset = await self._inspected(backend, config)
-        with span("training_backends.validate", backend=backend.name):
-            return dataset, await backend.validate(config, self._counting(dataset))
-
-    async def _prepare(
-        self, backend: TrainingBackend, config: TrainingConfig, watch: LaunchWatch
-    ) -> tuple[Dataset, Estimate]:
-        """Validate and estimate, before the run is recorded."""
-        recorded, config = config, self._local(config, backend)
-        dataset, report = await self._judged(backend, config)
-        _require_sound(_located(dataset, recorded, config))
-        _require_valid(backend, located(report.errors, recorded, config))
-        estimate = await self._estimated(backend, config, dataset)
-        if backend.capabilities.quotes:
-            config.budget.check(estimate)  # the provider's quote is confirmed later
-        else:
-            await watch.decide(estimate, config.budget)
-        return dataset, estimate
-
-    async def _estimated(
-        self,
-        backend: TrainingBackend,
-        config: TrainingConfig,
-        dataset: Dataset,
-        wishes: Counting | None = None,
-    ) -> Estimate:
-        with span("training_backends.estimate", backend=backend.name):
-            return await backend.estimate(config, self._counting(dataset, wishes))
-
-    def _counting(self, dataset: Dataset, wishes: Counting | None = None) -> Dataset:
-        """Return the dataset for a backend: counts are kept, and cancelled with the task."""
-        wishes = wishes or Counting()
-        callback = wishes.on_progress
-
-        def on_progress(path: Path, done: int, total: int) -> None:
-            _check_cancelled()
-            if callback:
-                with callers_own():
-                    callback(path, done, total)
-
-        wishes = replace(wishes, cache=self._cache, on_progress=on_progress)
-        return dataset.model_copy(update={"counting": wishes})
-
     def _poller(self, backend: str, *, only: Collection[str] | None = None) -> Poller:
         return Poller(backend, self._store, self._leases, self._observer, only=only)
 
@@ -1020,38 +925,6 @@ async def _close(backend: TrainingBackend) -> None:
         await backend.aclose()
     except TrainingBackendError as error:
         log.warning("backend not closed", backend=backend.name, reason=error.message)
-
-
-def _reads_uris(backend: TrainingBackend) -> bool:
-    """Return whether a backend or its provider reads data by URI itself."""
-    return "uri" in backend.capabilities.data
-
-
-def _located(dataset: Dataset, config: TrainingConfig, local: TrainingConfig) -> Dataset:
-    """Return a dataset whose issues name the URL of remote data, not its path in the cache."""
-    return dataset.model_copy(update={"issues": located(dataset.issues, config, local)})
-
-
-def _require_sound(dataset: Dataset) -> None:
-    from training_backends.datasets.inspect import raise_for_errors  # noqa: PLC0415  # see `_read`
-
-    raise_for_errors(dataset)
-
-
-def _require_valid(backend: TrainingBackend, errors: Sequence[Issue]) -> None:
-    if errors:
-        raise ConfigError(
-            f"The configuration is not valid for the backend {backend.name!r}.",
-            issues=errors,
-            backend=backend.name,
-        )
-
-
-def _require_model(backend: TrainingBackend, run: TrainingRun, verb: str) -> None:
-    if run.status is not TrainingStatus.COMPLETED:
-        raise backend.unsupported(
-            f"{verb} the model of a run that is {run.status}", "Only completed runs have a model."
-        )
 
 
 def _require_text(name: str, value: object) -> str:
@@ -1066,8 +939,3 @@ def _as_status(status: str) -> TrainingStatus:
     except ValueError:
         words = ", ".join(TrainingStatus)
         raise ValueError(f"status must be one of {words}, not {status!r}") from None
-
-
-def _check_cancelled(*_: object) -> None:
-    """Cancel reading and counting in a thread together with the task that waits for it."""
-    from_thread.check_cancelled()

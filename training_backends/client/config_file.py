@@ -24,7 +24,8 @@ _NO_TEXT = {"Cc", "Cs"}
 _OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 """Octal and sexagesimal numbers; hexadecimal and binary numbers are intentional."""
 _OVERRIDDEN = "--set"
-"""Used in place of a file name in issues about command-line overrides."""
+_IN_GRID = "--grid"
+"""Both are used in place of a file name in issues about values of the command line."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -88,13 +89,14 @@ class _Places:
 
     path: Path | None
     root: yaml.Node | None
-    overridden: tuple[tuple[str, ...], ...]
+    overridden: dict[tuple[str, ...], str]
 
     def of(self, location: Sequence[int | str]) -> tuple[str | None, int | None]:
-        """Return the file and line of a field, or `--set` if it was overridden."""
+        """Return the file and line of a field, or the option that overrides it."""
         names = tuple(str(part) for part in location)
-        if any(names[: len(key)] == key or key[: len(names)] == names for key in self.overridden):
-            return _OVERRIDDEN, None
+        for key, option in reversed(self.overridden.items()):
+            if names[: len(key)] == key or key[: len(names)] == names:
+                return option, None
         return str(self.path) if self.path else None, _line(self.root, location)
 
 
@@ -114,7 +116,7 @@ def to_config(config: object, options: type[BaseModel] | None = None) -> Trainin
         config = load_config(Path(config))
     if isinstance(config, ConfigFile):
         return config.resolved(options)
-    places = _Places(None, None, ())
+    places = _Places(None, None, {})
     if isinstance(config, Mapping):
         config, _ = _checked(dict(config), places)
     if isinstance(config, TrainingConfig):
@@ -123,12 +125,15 @@ def to_config(config: object, options: type[BaseModel] | None = None) -> Trainin
     raise TypeError(f"config must be a TrainingConfig, a mapping or a path, not {kind}")
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> ConfigFile:
+def load_config(
+    path: Path, overrides: Sequence[str] = (), *, grid: Sequence[str] = ()
+) -> ConfigFile:
     """Read a configuration file.
 
     Args:
         overrides: `key=value` with a dotted key and a YAML value, for example
             `hyperparameters.epochs=2`; they take precedence over the file.
+        grid: The same from `--grid`; it takes precedence over `overrides`.
 
     Raises:
         ConfigError: The file cannot be read, is not YAML or is invalid; the issues name line and
@@ -146,7 +151,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ConfigFile:
                 fix="see the examples in configs/",
             ),
         )
-    places = _Places(path, root, tuple(_apply(values, override) for override in overrides))
+    given = [(each, _OVERRIDDEN) for each in overrides] + [(each, _IN_GRID) for each in grid]
+    places = _Places(path, root, {_apply(values, each): option for each, option in given})
     config, backend = _checked(values, places)
     return ConfigFile(path, _resolved(config, places), backend, places)
 

@@ -36,6 +36,7 @@ from training_backends.core.run import (
     CleanText,
     LogRecord,
     Observation,
+    Prompt,
     Reply,
     RunState,
     TrainingRun,
@@ -492,8 +493,11 @@ class TrainingBackend(ABC):
         del run, checkpoint, target
         raise self.unsupported("download a checkpoint")
 
-    async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
+    async def sample(self, run: TrainingRun, prompt: Prompt, *, max_tokens: int = 64) -> Reply:
         """Prompt the trained model; override if supported.
+
+        Args:
+            prompt: A user's message; with `Capabilities.samples_chats` also a conversation.
 
         Raises:
             BackendUnavailable: The model cannot be loaded.
@@ -507,6 +511,20 @@ class TrainingBackend(ABC):
         """Delete a finished run and its model at the provider; override if supported."""
         del run
         raise self.unsupported("delete runs")
+
+    async def remove_checkpoints(self, run: TrainingRun, steps: Collection[int]) -> None:
+        """Remove the files of some checkpoints of a finished run, but not its model.
+
+        Safe to repeat. Override together with `Capabilities.downloads_checkpoints`.
+        """
+        del run, steps
+        raise self.unsupported("remove checkpoints")
+
+    async def remove_log(self, run: TrainingRun) -> None:  # noqa: B027  # most have no files
+        """Remove the files with the log of a finished run, which the store has by then.
+
+        Safe to repeat. Override if the backend keeps such files; `observe` must still work.
+        """
 
     async def suspend(self) -> int:
         """Save the progress of all runs that would end with this machine or container.

@@ -406,7 +406,7 @@ def first_line(error: BaseException) -> str:
     return lines[0].strip()[:_LONGEST_LINE] if lines else "no message"
 
 
-def nearest(word: str, known: Collection[str], *, cutoff: float = 0.6) -> str | None:
+def nearest(word: str, known: Collection[str], *, cutoff: float = 0.65) -> str | None:
     """Return the known word that was probably meant.
 
     Args:
@@ -417,7 +417,7 @@ def nearest(word: str, known: Collection[str], *, cutoff: float = 0.6) -> str | 
     return next(iter(get_close_matches(word, sorted(known), n=1, cutoff=cutoff)), None)
 
 
-def suggest(word: str, known: Collection[str], otherwise: str, *, cutoff: float = 0.6) -> str:
+def suggest(word: str, known: Collection[str], otherwise: str, *, cutoff: float = 0.65) -> str:
     """Return a fix for an unknown word: the nearest known one, or else what is known."""
     meant = nearest(word, known, cutoff=cutoff)
     return f"did you mean {meant!r}?" if meant else otherwise

@@ -48,7 +48,9 @@ _LINKS = "/files/"
 _ASSETS = "/console/assets/"
 _CHATS = "/chat/completions"
 """End of the routes that change nothing, although they are POST requests."""
-_UPLOADS = re.compile(rf"/v1/files|{OPENAI_PREFIX}/files|{OPENAI_PREFIX}/uploads/[^/]+/parts")
+_UPLOADS = re.compile(
+    rf"/v1/files|/console/files|{OPENAI_PREFIX}/files|{OPENAI_PREFIX}/uploads/[^/]+/parts"
+)
 """Paths whose bodies are as large as a file."""
 _LONGEST_PATH = 300
 """Characters of a path to log."""

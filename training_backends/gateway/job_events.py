@@ -96,25 +96,30 @@ def reached(connection: sa.Connection, job: Any) -> str:
     return [word for word in ORDER if word in words][-1]
 
 
-def _of_run(connection: sa.Connection, job: Any) -> Iterator[JobEvent]:
-    """Yield the status changes of a run in order, as far as the protocol knows them.
+def _of_run(connection: sa.Connection, job: Any) -> list[JobEvent]:
+    """Return the status changes of a run in order, as far as the protocol knows them.
 
-    The last two are from the run's record: a launch, or a list of many runs, may report a status
-    that no log does.
+    The last one, and the start where the log has none, are from the run's record: a launch, or a
+    list of many runs, may report a status that no log does.
     """
     query = sa.select(records.c.at, records.c.fields).where(records.c.run_id == job.id, IS_STATUS)
-    at, words = job.started_at, set()
+    changes: list[JobEvent] = []
+
+    def add(status: str | None, at: float, place: int) -> None:
+        earliest = changes[place - 1].at if place else job.started_at
+        latest = changes[place].at if place < len(changes) else math.inf
+        changes[place:place] = _event(status, min(max(at, earliest), latest))
+
     for row in connection.execute(query.order_by(records.c.seq)):
-        status = json.loads(row.fields or "{}").get("status")
-        for event in _event(status, max(_seconds(row.at), at)):
-            at = event.at
-            words.add(event.data["status"])
-            yield event
+        add(json.loads(row.fields or "{}").get("status"), _seconds(row.at), len(changes))
     run = run_document(connection, job)
     status, started, changed = (run.get(name) for name in ("status", "started_at", "changed_at"))
+    words = [change.data["status"] for change in changes]
     if started and status in _STARTED and "RUNNING" not in words:
-        yield from _event(TrainingStatus.RUNNING, max(_seconds(started), at))
-    yield from _event(status, max(_seconds(changed), at) if changed else at)
+        before = [ORDER.index(word) < ORDER.index("RUNNING") for word in words]
+        add(TrainingStatus.RUNNING, _seconds(started), [*before, False].index(False))
+    add(status, _seconds(changed) if changed else -math.inf, len(changes))
+    return changes
 
 
 def _event(status: str | None, at: float) -> Iterator[JobEvent]:

@@ -19,7 +19,14 @@ from training_backends.core.tracing import trace_headers
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
 from training_backends.gateway.errors import HTTPProblem, invalid, plain, problem
-from training_backends.gateway.files import FileService, StoredFile, names_by_path, tuned_path
+from training_backends.gateway.files import (
+    FileService,
+    StoredFile,
+    file_ids,
+    names_by_path,
+    tuned_path,
+    use_files,
+)
 from training_backends.gateway.job_events import STATUS_EVENT
 from training_backends.gateway.job_request import CheckedJob, check_job, make_config, secret_profile
 from training_backends.gateway.jobstore import (
@@ -152,13 +159,7 @@ class JobService:
         Raises:
             HTTPProblem: The request is invalid.
         """
-        job = check_openai_job(
-            request,
-            await self._offered(request.model, caller),
-            self._client.backend(self._backend),
-            default_epochs=self._settings.default_epochs,
-            idempotency_key=repetition.key,
-        )
+        job = await self._check_openai(request, caller, key=repetition.key)
         new_id = str(uuid4())
 
         def work(connection: sa.Connection) -> str:
@@ -203,9 +204,24 @@ class JobService:
         Raises:
             HTTPProblem: The request is invalid.
         """
-        job = await self._check(request, caller)
+        return await self._estimate(await self._check(request, caller), caller)
+
+    async def dry_run_openai(
+        self, request: FineTuningJobIn, caller: Principal
+    ) -> LegacyJobMetadataOut:
+        """Estimate a job of the OpenAI API without creating it.
+
+        Raises:
+            HTTPProblem: The request is invalid.
+        """
+        return await self._estimate(await self._check_openai(request, caller), caller)
+
+    async def _estimate(self, job: CheckedJob, caller: Principal) -> LegacyJobMetadataOut:
         found = await self._store.aread(lambda c: self._find(c, job, caller))
         config = self._make_config(job, found, "dry-run")
+        capabilities = self._client.backend(self._backend).capabilities
+        if job.openai is not None and capabilities.inspects:
+            config = await self._files.converted(config, capabilities.provider_format)
         names = {**names_by_path(found.values()), **tuned_path(job.offer.name, config)}
         try:
             report = await self._client.validate(config, backend=self._backend)
@@ -294,6 +310,17 @@ class JobService:
             default_epochs=self._settings.default_epochs,
         )
 
+    async def _check_openai(
+        self, request: FineTuningJobIn, caller: Principal, *, key: str | None = None
+    ) -> CheckedJob:
+        return check_openai_job(
+            request,
+            await self._offered(request.model, caller),
+            self._client.backend(self._backend),
+            default_epochs=self._settings.default_epochs,
+            idempotency_key=key,
+        )
+
     async def _offered(self, name: str, caller: Principal) -> Catalogue:
         """Return the catalogue, with the model of this name if it is a fine-tuned one."""
         if self._catalogue.get(name) is None:
@@ -348,8 +375,8 @@ class JobService:
             "training_file": [entry["file_id"] for entry in job.training_files],
             "validation_file": job.validation_files,
         }
-        for param, file_ids in given.items():
-            for file_id in file_ids:
+        for param, ids in given.items():
+            for file_id in ids:
                 own = internal_id(FILE, file_id) or ""
                 known = self._files.find(connection, [own], caller.project).get(own)
                 if known is None or known.purpose != "fine-tune":
@@ -387,6 +414,7 @@ class JobService:
             )
         )
         row = load_job(connection, job_id)
+        use_files(connection, file_ids(row))
         change_counts(connection, row, before=None, after=row.status)
         add_event(connection, job_id, STATUS_EVENT, {"status": "QUEUED"})
         caller.record(connection, "job.create", job_id)

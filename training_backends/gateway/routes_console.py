@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from training_backends import __version__
 from training_backends.core.errors import ConfigError, CredentialNotFound
 from training_backends.core.status import statuses_of
+from training_backends.gateway.catalogue import Offer
 from training_backends.gateway.console_feed import MOST_FOLLOWED, FeedCursor
 from training_backends.gateway.console_runs import (
     RunQuery,
@@ -33,10 +34,12 @@ from training_backends.gateway.console_runs import (
 )
 from training_backends.gateway.console_sessions import SESSION_SECONDS, csrf_token
 from training_backends.gateway.errors import HTTPProblem, invalid, not_found, plain
+from training_backends.gateway.files import upload_of
 from training_backends.gateway.gateway import Gateway
 from training_backends.gateway.jobstore import require_job
 from training_backends.gateway.keys import KeyInfo, Principal, Scope, read_expiry
 from training_backends.gateway.routes import Caller, Opened, SmallBody
+from training_backends.gateway.routes_files import receive_file
 from training_backends.protocols.mistral.status import METHODS
 
 __all__ = ["console_router"]
@@ -298,6 +301,17 @@ async def _mask(gateway: Gateway, run_id: str, caller: Principal) -> Callable[[s
 # -- data ------------------------------------------------------------------------------
 
 
+@console_router.post("/console/files")
+async def upload(request: Request, gateway: Opened, caller: Caller) -> JSONResponse:
+    """Upload a data file, which is checked for the gateway's backend.
+
+    The Mistral API accepts no preference pairs, and the OpenAI API does not check lines.
+    """
+    able = gateway.client.backend(gateway.backend).capabilities
+    stored = await receive_file(request, gateway, caller, upload_of(able.provider_format))
+    return JSONResponse(stored.model_dump(mode="json"))
+
+
 @console_router.get("/console/files/{file_id}/inspection")
 async def inspection(file_id: UUID, gateway: Opened, caller: Caller) -> JSONResponse:
     """Return statistics and issues of a data file."""
@@ -330,10 +344,15 @@ async def preview_rows(
 async def trainable(gateway: Opened) -> JSONResponse:
     """Return the models that can be trained, with their methods."""
     methods = gateway.client.backend(gateway.backend).capabilities.methods
+
+    def of(offer: Offer) -> set[str]:
+        known: set[str] = {METHODS[kind] for kind in offer.job_types}
+        return (known | {"dpo"} if "sft" in known else known) & methods
+
     found = [
         {
             "id": offer.name,
-            "methods": sorted({METHODS[kind] for kind in offer.job_types} & methods),
+            "methods": sorted(of(offer)),
             "context_length": offer.context_length,
             "license": offer.licence,
             "tuning": offer.tuning.kind if offer.tuning else None,

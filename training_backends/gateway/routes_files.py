@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from training_backends.gateway.errors import plain
-from training_backends.gateway.files import FileFilters, StoredFile
+from training_backends.gateway.files import FileFilters, StoredFile, UploadRules
 from training_backends.gateway.gateway import Gateway
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.routes import (
@@ -27,7 +27,7 @@ from training_backends.protocols.mistral.wire import (
     UploadFileOut,
 )
 
-__all__ = ["FILE_BYTES", "files_router", "links_router", "send_file"]
+__all__ = ["FILE_BYTES", "files_router", "links_router", "receive_file", "send_file"]
 
 files_router = APIRouter(prefix="/v1/files", tags=["files"])
 links_router = APIRouter(prefix="/files", tags=["files"])
@@ -69,12 +69,20 @@ FILE_BYTES: dict[int | str, dict[str, Any]] = {
 )
 async def upload(request: Request, gateway: Opened, caller: Caller) -> UploadFileOut:
     """Upload a file; uploading the same name and content again returns the same file."""
+    return await receive_file(request, gateway, caller)
+
+
+async def receive_file(
+    request: Request, gateway: Gateway, caller: Principal, rules: UploadRules | None = None
+) -> UploadFileOut:
+    """Store the file of a form; see `FileService.upload`."""
     length = request.headers.get("content-length", "")
     return await gateway.files.upload(
         request.stream(),
         content_type=request.headers.get("content-type", ""),
         content_length=int(length) if length.isdigit() else None,
         caller=caller,
+        rules=rules,
     )
 
 

@@ -5,6 +5,9 @@ import { act, alert, announce, api, bytes, button, confirm, empty, h, icon, link
 const PAGE = 100;
 const TYPES = { instruct: "Chat", pretrain: "Text", preference: "Preference pairs", classifier: "Classifier" };
 
+/** The method for the type of a file's rows; otherwise supervised. */
+export const METHOD_OF = { preference: "dpo", classifier: "classifier" };
+
 /** A place to drop a file on, or to choose one; calls `onDone` with the stored file. */
 export function uploader(onDone, context) {
   const input = h("input", { type: "file", id: "upload", accept: ".jsonl,.json,.gz,.zst" });
@@ -107,6 +110,8 @@ export async function file(page, id, context) {
   if (!context.isShown()) return;
   context.title(found.filename);
   const writes = session.value.key.scope !== "read";
+  const looking = api(`console/files/${encodeURIComponent(id)}/inspection`);
+  const method = looking.then((seen) => METHOD_OF[seen.sample_type] ?? "sft", () => "sft");
   const facts = h("div", { "aria-busy": "true" }, h("p", { class: "muted" }, "Inspecting the file…"));
   page.append(
     h("div", { class: "head" },
@@ -115,9 +120,9 @@ export async function file(page, id, context) {
       h("div", { class: "actions" }, link("Download", `${path}/content`, {}),
         writes ? link("Launch a run with it", `#/launch?file=${found.id}`, { kind: "primary", symbol: "launch" }) : null)),
     h("section", { class: "panel" }, h("h2", {}, "Inspection"), facts),
-    preview(id, models, context));
+    preview(id, models, context, method));
   try {
-    const seen = await api(`console/files/${encodeURIComponent(id)}/inspection`);
+    const seen = await looking;
     if (context.isShown()) drawFacts(facts, seen);
   } catch (error) {
     if (error.name !== "AbortError") facts.replaceChildren(alert("", error));
@@ -152,7 +157,7 @@ function drawFacts(place, seen) {
   if (seen.more_issues) place.append(h("p", { class: "muted" }, `and ${number(seen.more_issues)} more`));
 }
 
-function preview(id, models, context) {
+function preview(id, models, context, method) {
   const wanted = context.query.get("model");
   const select = h("select", { "aria-label": "Model" }, models.map((model) => h("option", { value: model.id, selected: model.id === wanted }, model.id)));
   const rows = h("select", { "aria-label": "Rows" }, [3, 10, 20].map((count) => h("option", { value: count }, `${count} rows`)));
@@ -163,7 +168,7 @@ function preview(id, models, context) {
     abort = new AbortController();
     place.setAttribute("aria-busy", "true");
     try {
-      const query = new URLSearchParams({ model: select.value, rows: rows.value });
+      const query = new URLSearchParams({ model: select.value, rows: rows.value, method: await method });
       const found = await api(`console/files/${encodeURIComponent(id)}/preview?${query}`, { signal: abort.signal });
       place.replaceChildren(...(found.length ? found.map(example) : [h("p", { class: "muted" }, "The file has no rows.")]));
     } catch (error) {

@@ -235,7 +235,7 @@ export async function api(path, options) {
 export function upload(file, onProgress, signal) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
-    request.open("POST", address("v1/files"));
+    request.open("POST", address("console/files"));
     request.setRequestHeader("x-console-token", session.value.token);
     request.upload.addEventListener("progress", (event) => event.lengthComputable && onProgress(event.loaded / event.total));
     request.addEventListener("error", () => reject(new ApiError(0, null, "The upload was interrupted. Try again.")));
