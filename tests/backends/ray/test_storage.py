@@ -35,6 +35,7 @@ CONFIG = TrainingConfig(model="tiny-mistral")
         ("training", "must be an absolute path or a URL"),
         ("ftp://host/training", "unknown scheme 'ftp'; use a path or s3://, gs://, az://"),
         ("hf://datasets/a/b", "unknown scheme 'hf'"),
+        ("s3:///training", "the name of the bucket is missing"),
         ("s3://key@bucket/training", "must not contain credentials"),
     ],
 )

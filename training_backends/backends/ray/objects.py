@@ -195,9 +195,11 @@ class ObjectStorage:
             target.copy_checkpoint(source, each, found[each])
         return step
 
-    def remove(self, run: TrainingRun) -> None:
-        """Remove a run from the store. Blocking."""
-        self.stored(run.id).remove()
+    def remove(self, directory: RunDir) -> None:
+        """Remove a run from the store, and its copy. Blocking."""
+        stored = self.stored(directory.path.name)
+        stored.remove()
+        stored.update(directory, is_new=True)
 
 
 def _renamed(source: DataSource, name: str, data: dict[str, Path]) -> DataSource:
