@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import sqlalchemy as sa
+from sqlalchemy.engine.mock import MockConnection
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from tenacity import (
@@ -402,7 +403,7 @@ def _create(writer: sa.Engine) -> bool:
 def _statements(dialect: str, driver: str) -> tuple[str, ...]:
     """Return the statements that create all tables, compiled once per process."""
     found: list[str] = []
-    engine = sa.create_mock_engine(
+    engine: MockConnection = sa.create_mock_engine(
         f"{dialect}+{driver}://",
         lambda ddl, *_, **__: found.append(str(ddl.compile(dialect=engine.dialect))),
     )
