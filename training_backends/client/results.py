@@ -24,7 +24,7 @@ from training_backends.core.status import TrainingStatus
 from training_backends.objects.publish import MANIFEST, publish
 from training_backends.objects.store import ObjectStore, scheme_of
 
-__all__ = ["Results"]
+__all__ = ["Results", "checked_prompt"]
 
 
 class Results:
@@ -113,7 +113,7 @@ class Results:
 
     async def sample(self, run_id: str, prompt: Prompt, max_tokens: int) -> Reply:
         """Prompt the model."""
-        prompt = _checked(prompt)
+        prompt = checked_prompt(prompt)
         run, backend = await self._found(run_id, "ask the model of")
         if backend.capabilities.samples:
             _require_model(backend, run, "ask")
@@ -129,7 +129,7 @@ class Results:
         return run, await self._observer.backend_of(run.backend)
 
 
-def _checked(prompt: Prompt) -> Prompt:
+def checked_prompt(prompt: Prompt) -> Prompt:
     """Return a conversation of a single user message as that message, which all backends take.
 
     Raises:
