@@ -11,7 +11,7 @@ the largest store to the smallest. The last column is what the smallest and the 
 database, whatever the machine does: instructions of SQLite, pages of PostgreSQL by indexes.
 
 With `--keep`, the filled stores stay in the directory, and the next call uses them again. They take
-13 GB.
+16 GB.
 """
 
 import argparse
