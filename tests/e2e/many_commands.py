@@ -45,7 +45,7 @@ def run(command: dict[str, Any], out: Path, err: Path) -> int:
 
 
 if __name__ == "__main__":
-    argon2.Argon2id = remembering(argon2.Argon2id)  # type: ignore[assignment, misc]
+    argon2.Argon2id = remembering(argon2.Argon2id)  # type: ignore[assignment]
     directory = Path(sys.argv[1])
     commands = json.load(sys.stdin)
     codes = [

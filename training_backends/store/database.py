@@ -402,10 +402,11 @@ def _create(writer: sa.Engine) -> bool:
 def _statements(dialect: str, driver: str) -> tuple[str, ...]:
     """Return the statements that create all tables, compiled once per process."""
     found: list[str] = []
-    engine = sa.create_mock_engine(
-        f"{dialect}+{driver}://",
-        lambda ddl, *_, **__: found.append(str(ddl.compile(dialect=engine.dialect))),
-    )
+
+    def compile_statement(element: Any, *_: Any, **__: Any) -> None:
+        found.append(str(element.compile(dialect=engine.dialect)))
+
+    engine = sa.create_mock_engine(f"{dialect}+{driver}://", compile_statement)
     gateway_schema.jobs.metadata.create_all(engine, checkfirst=False)
     return tuple(found)
 
