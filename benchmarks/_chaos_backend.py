@@ -78,8 +78,8 @@ class QuickBackend(TrainingBackend):
 
         async def begin() -> str:
             await path.parent.mkdir(parents=True, exist_ok=True)
-            async with await path.open("x") as file:
-                await file.write(str(time.time()))
+            # Its time is that of the start: content could be missing after a kill.
+            await path.touch(exist_ok=False)
             return run.id
 
         async def find() -> str | None:
@@ -120,8 +120,7 @@ class QuickBackend(TrainingBackend):
         path = anyio.Path(self._trainings / training)
         if not training or not await path.is_file():
             raise RunNotFound(f"There is no training {training!r}.", backend=self.name)
-        # The file is empty for a moment after it has been created.
-        began = float(await path.read_text() or time.time())
+        began = (await path.stat()).st_mtime
         started = datetime.fromtimestamp(began, UTC)
         if time.time() - began < _TRAINS_FOR:
             return RunState(status=TrainingStatus.RUNNING, remote_id=training, started_at=started)

@@ -14,6 +14,7 @@ Exits with 0 if all of that holds.
 import argparse
 import asyncio
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -130,7 +131,9 @@ def start_proxy(directory: Path, ports: list[int]) -> tuple[subprocess.Popen[byt
         )
         config.write_text(
             "defaults\n  mode http\n  timeout connect 2s\n  timeout client 60s\n"
-            "  timeout server 60s\n  retries 3\n  option redispatch 1\n  retry-on conn-failure\n"
+            # A slow machine makes a check slow, which is no reason to leave a gateway out.
+            "  timeout server 60s\n  timeout check 10s\n  retries 3\n"
+            "  option redispatch 1\n  retry-on conn-failure\n"
             f"frontend all\n  bind 127.0.0.1:{port}\n  default_backend gateways\n"
             "backend gateways\n  balance roundrobin\n  option httpchk GET /health\n"
             f"{servers}\n"
@@ -162,6 +165,7 @@ class Ledger:
         finished: Ids of the jobs that were seen to succeed.
         cut: Failed requests by reason.
         unexpected: Failures for which no kill accounts.
+        kills: When each kill began and was done.
     """
 
     files: dict[str, str] = field(default_factory=dict)
@@ -170,7 +174,7 @@ class Ledger:
     cut: Counter[str] = field(default_factory=Counter)
     unexpected: list[str] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
-    kills: list[float] = field(default_factory=list)
+    kills: list[tuple[float, float]] = field(default_factory=list)
 
 
 class Client:
@@ -213,7 +217,7 @@ class Client:
         status = getattr(error, "status_code", None)
         self._ledger.cut[f"{type(error).__name__} {status or ''}".strip()] += 1
         # The proxy finds out within its check interval, and a start takes a moment.
-        if not any(began - 5 < kill < time.monotonic() for kill in self._ledger.kills):
+        if not any(began - 5 < done for _, done in self._ledger.kills):
             self._ledger.unexpected.append(f"no kill explains {error!r}"[:300])
 
     async def _by_openai(self, name: str) -> None:
@@ -291,20 +295,22 @@ def rows(name: str) -> bytes:
 
 
 async def kill_now_and_then(fleet: Fleet, ledger: Ledger, every: float, until: float) -> None:
-    """Kill one gateway after the other, each started again before the next is killed."""
+    """Kill one gateway after the other, each answering again before the next is killed."""
     order = random.Random(0)
     while time.monotonic() < until - every or len(ledger.kills) < FEWEST_KILLS:
         await asyncio.sleep(every - 1)
+        await all_answer(fleet.ports)
         number = order.randrange(COUNT)
-        ledger.kills.append(time.monotonic())
+        ledger.kills.append((time.monotonic(), math.inf))
         await asyncio.to_thread(fleet.kill, number)
+        ledger.kills[-1] = ledger.kills[-1][0], time.monotonic()
         await asyncio.sleep(1)
         await asyncio.to_thread(fleet.restart, number)
 
 
 async def compared(url: str, ledger: Ledger, home: Path) -> list[str]:
     """Return what differs between what was accepted and what there is."""
-    wrong = [*ledger.unexpected]
+    wrong: list[str] = []
     async with httpx.AsyncClient(
         base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=60
     ) as http:
@@ -337,7 +343,7 @@ async def compared(url: str, ledger: Ledger, home: Path) -> list[str]:
     if set(trained) != set(ledger.jobs.values()):
         wrong.append(f"{len(trained)} trainings of {len(ledger.jobs)} jobs")
     wrong += [f"job {each} did not end" for each in {*ledger.jobs.values()} - ledger.finished]
-    return wrong
+    return wrong + ledger.unexpected
 
 
 async def all_answer(ports: list[int]) -> None:

@@ -4,8 +4,9 @@
 
 The launchers share a store on PostgreSQL behind PgBouncer in transaction mode (without PgBouncer if
 it is not installed); half of them have another home, as on another machine. Each launches every id,
-in an order of its own, so all ids collide. Meanwhile the server is killed and started again. Each
-run must exist once and have been started once, whatever its launchers were told.
+in an order of its own, so all ids collide. Meanwhile the server is killed and started again, at
+equal shares of the launches. Each run must exist once and have been started once, whatever its
+launchers were told.
 
 Exits with 0 if all of that holds.
 """
@@ -37,8 +38,13 @@ ROW: Final = (
 )
 
 
-def launch_all(number: int, work: str, url: str, ids: list[str], out: Any) -> None:
-    """Launch every id, each until it is accepted; report how often the store was away."""
+def launch_all(number: int, work: str, url: str, ids: list[str], report: tuple[Any, Any]) -> None:
+    """Launch every id, each until it is accepted; report how often the store was away.
+
+    Args:
+        report: Counts the launches of all launchers; receives what was told, and the CPU seconds.
+    """
+    done, out = report
     home, trainings = Path(work, f"home-{number % 2}"), Path(work, "trainings")
     data = Path(work, "train.jsonl")
     config = {"model": "m", "data": {"train": [str(data)]}}
@@ -60,9 +66,11 @@ def launch_all(number: int, work: str, url: str, ids: list[str], out: Any) -> No
                         break
                     else:
                         break
+                with done.get_lock():
+                    done.value += 1
 
     anyio.run(launch)
-    out.put(told)
+    out.put((told, time.process_time()))
 
 
 @contextmanager
@@ -81,22 +89,23 @@ def run(options: argparse.Namespace, work: Path, server: Postgres, url: str) -> 
     (work / "train.jsonl").write_text(ROW * 10)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.launchers"])
-    out = context.Queue()
+    out, done = context.Queue(), context.Value("i", 0)
     began = time.monotonic()
     launchers = [
-        context.Process(target=launch_all, args=(number, str(work), url, ids, out))
+        context.Process(target=launch_all, args=(number, str(work), url, ids, (done, out)))
         for number in range(options.launchers)
     ]
     for process in launchers:
         process.start()
-    for _ in range(options.restarts):
-        time.sleep(options.every)
-        if not any(process.is_alive() for process in launchers):
-            break
+    share = len(launchers) * len(ids) // (options.restarts + 1)
+    for number in range(1, options.restarts + 1):
+        while done.value < share * number and any(each.is_alive() for each in launchers):
+            time.sleep(0.02)
         server.stop()
         time.sleep(0.5)
         server.start()
-    told: Counter[str] = sum((out.get(timeout=1200) for _ in launchers), Counter())
+    reports = [out.get(timeout=options.timeout) for _ in launchers]
+    told: Counter[str] = sum((each for each, _ in reports), Counter())
     for process in launchers:
         process.join()
     runs = RunStore(url)
@@ -106,7 +115,8 @@ def run(options: argparse.Namespace, work: Path, server: Postgres, url: str) -> 
     seconds = time.monotonic() - began
     print(
         f"{len(launchers)} launchers, {len(ids)} ids, {len(launchers) * len(ids)} launches in "
-        f"{seconds:.0f} s; {dict(told)}"
+        f"{seconds:.0f} s and {sum(cpu for _, cpu in reports):.1f} CPU s, "
+        f"restarts: {options.restarts}; {dict(told)}"
     )
     trained = {path.name for path in (work / "trainings").glob("*")}
     wrong = [f"{run_id} is stored {stored[run_id]} times" for run_id in ids if stored[run_id] != 1]
@@ -121,7 +131,7 @@ if __name__ == "__main__":
     parser.add_argument("--launchers", type=int, default=8)
     parser.add_argument("--launches", type=int, default=500)
     parser.add_argument("--restarts", type=int, default=5)
-    parser.add_argument("--every", type=float, default=5.0)
+    parser.add_argument("--timeout", type=float, default=3600.0)
     with ExitStack() as stack:
         assert programs() is not None, "PostgreSQL is not installed"
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -71,6 +71,7 @@ RESULTS = (
     Case("keys list", "", "No keys yet."),
     Case("projects list", "", "No projects yet."),
     Case("projects set demo --bytes 5GB", "", "Project demo: bytes 5,000,000,000."),
+    Case("projects cleanup --dry-run", "", "Nothing to delete."),
     Case("audit export", "", "No entries.", json=False),
     Case("doctor", "failed  mistral: ", code=1),
 )
@@ -118,6 +119,8 @@ FAILURES = (
     "projects set demo",
     "projects set Demo --steps 5",
     "projects set demo --bytes much",
+    "projects set demo --keep runs=30d",
+    "projects cleanup",
     "audit export --since never",
     "serve --port 0",
 )

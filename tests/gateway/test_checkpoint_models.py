@@ -1,12 +1,14 @@
 """Checkpoints and fine-tuned models of the OpenAI API, used as models."""
 
-from collections.abc import AsyncIterator
+import shutil
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from typing import Any
 
 import anyio
 import openai
 import pytest
+from anyio import to_thread
 from openai import AsyncOpenAI
 from openai.types.fine_tuning import FineTuningJob
 
@@ -31,6 +33,11 @@ class KeepsCheckpoints(ScriptedBackend):
         await anyio.Path(target).mkdir()
         await anyio.Path(target / "model.txt").write_text(checkpoint, encoding="utf-8")
         return target
+
+    async def remove_checkpoints(self, run: TrainingRun, steps: Collection[int]) -> None:
+        for point in run.checkpoints:
+            if point.path is not None and point.step in steps:
+                await to_thread.run_sync(shutil.rmtree, point.path)
 
 
 @pytest.fixture

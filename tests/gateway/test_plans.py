@@ -11,9 +11,12 @@ import sqlalchemy as sa
 from anyio import to_thread
 
 from tests.gateway.conftest import Site, site
+from tests.gateway.costs import cost
+from tests.gateway.filled import filled_gateway
 from tests.gateway.filling import LIVE, analyze, fill
 from tests.postgres import Postgres
 from training_backends.gateway.files import _delete_expired
+from training_backends.gateway.retention import Retention
 from training_backends.gateway.runner import _behind
 from training_backends.gateway.store import GatewayStore
 
@@ -128,6 +131,9 @@ async def test_what_the_gateway_repeats_reads_what_is_live_only(
     with statements(store) as found:
         await store.aread(_behind)
         await store.aread(lambda c: _delete_expired(c) if c.dialect.name == "sqlite" else None)
+        gateway = here.served.gateway
+        sweeping = Retention(store, client, gateway.models, gateway.files, gateway.settings)
+        assert await sweeping.sweep(older_than=1e10, dry_run=True) == []
     with statements(runs) as more:  # type: ignore[arg-type]
         await to_thread.run_sync(lambda: runs.live(backend="scripted"))
         await to_thread.run_sync(runs.backends_to_watch)
@@ -174,3 +180,26 @@ async def test_a_long_list_of_models_is_complete_and_sent_in_parts(
     other = (await here.http.get("/openai/v1/models")).json()
     assert [model["id"] for model in other["data"]] == [model["id"] for model in listed]
     assert (other["first_id"], other["last_id"]) == (listed[0]["id"], listed[-1]["id"])
+
+
+@pytest.mark.parametrize("store", ["sqlite", "postgresql"])
+async def test_ten_times_the_jobs_cost_no_more(
+    store: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Of each request and of what the gateway repeats, in rows or pages that are read."""
+    costs: dict[int, dict[str, int]] = {}
+    for count in (1000, 10_000):
+        url = request.getfixturevalue("postgres").new_url() if store == "postgresql" else None
+        async with site(tmp_path / str(count), store_url=url) as here:
+            job_id = (await here.finished())["id"]
+            filling = here.served.gateway.store
+        await to_thread.run_sync(fill, filling, job_id, count)
+        await to_thread.run_sync(analyze, filling)
+        async with filled_gateway(tmp_path / str(count), url, count) as filled:
+            costs[count] = {
+                name: await cost(filled.stores, work) for name, work in filled.operations.items()
+            }
+    few, many = costs.values()
+    grown = {name: (few[name], many[name]) for name in few if many[name] > 1.5 * few[name]}
+    assert min(few.values()) > 0
+    assert not grown

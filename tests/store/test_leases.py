@@ -8,6 +8,7 @@ import pytest
 from tests.store.conftest import MakeRun, at_once
 from training_backends import StoreError
 from training_backends.store import Lease, LeaseLost, RunStore
+from training_backends.store.leases import LeaseTable
 
 HOUR = timedelta(hours=1)
 OVER = timedelta(0)
@@ -144,3 +145,21 @@ def test_only_one_of_many_processes_holds_a_lease(url: str, tmp_path: Path) -> N
     number.write_text("0")
     owners = at_once(3, "up", url, number)
     assert int(number.read_text()) == 6 * len(set(owners))
+
+
+def test_a_lease_that_another_process_has_lost_counts_as_moved(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a released one, one's own, or one that could not be stored."""
+    moves = LeaseTable.moves
+    store.release(take(store, "a"))
+    take(store, "a")
+    take(store, "a")
+    assert LeaseTable.moves == moves
+    with monkeypatch.context() as patched:
+        patched.setattr("training_backends.store.leases.utc_now", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            take(store, "b")
+    assert LeaseTable.moves == moves
+    take(store, "b")
+    assert LeaseTable.moves == moves + 1

@@ -1,10 +1,8 @@
 """What `delete` deletes: which runs, how much they take up, and the confirmation."""
 
-import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -64,9 +62,10 @@ async def delete_runs(
 
     from training_backends import TrainingBackendError
     from training_backends.cli.views.console import stderr
+    from training_backends.core.files import disk_usage
 
     places = {run.id: client.home / "runs" / run.id for run in runs}
-    sizes = {run_id: await to_thread.run_sync(_size, path) for run_id, path in places.items()}
+    sizes = {run_id: await to_thread.run_sync(disk_usage, path) for run_id, path in places.items()}
     if not yes:
         _confirm(runs, sizes, record_only=record_only)
     deleted: list[str] = []
@@ -127,16 +126,3 @@ def _deletion(run: "TrainingRun") -> str:
     kept = [f"{count} checkpoint{'s' if count > 1 else ''}"] if count else []
     kept += [f"the model {run.result_model}"] if run.result_model else []
     return f"Delete {run.id} ({run.status}){' with ' if kept else ''}{' and '.join(kept)}"
-
-
-def _size(directory: Path) -> int:
-    """Return the bytes on disk below a directory; files with several names count once."""
-    sizes: dict[tuple[int, int], int] = {}
-    for parent, _, names in os.walk(directory):
-        for name in names:
-            try:
-                found = Path(parent, name).lstat()
-            except OSError:
-                continue
-            sizes[found.st_dev, found.st_ino] = found.st_blocks * 512
-    return sum(sizes.values())

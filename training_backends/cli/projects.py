@@ -1,7 +1,10 @@
 """Commands about the gateway's projects and its audit log."""
 
+import sys
+from contextlib import suppress
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,8 +13,11 @@ from training_backends.cli.keys import home_directory
 from training_backends.cli.session import JsonOption
 
 if TYPE_CHECKING:
-    from datetime import datetime
+    from collections.abc import Sequence
+    from datetime import datetime, timedelta
 
+    from training_backends.cli.views.console import Column
+    from training_backends.gateway.retention import Expired
     from training_backends.gateway.store import GatewayStore
 
 __all__ = ["audit", "projects"]
@@ -26,6 +32,16 @@ audit = typer.Typer(
 )
 
 _MOST = 1_000_000_000
+_FOREVER = "forever"
+_DAY = 86400
+
+
+class _KindName(StrEnum):
+    FAILED = "failed"
+    COMPLETED = "completed"
+    CHECKPOINTS = "checkpoints"
+    FILES = "files"
+    LOGS = "logs"
 
 
 class _LimitName(StrEnum):
@@ -58,6 +74,7 @@ def list_projects(json: JsonOption = False) -> None:
         Column("stored"),
         Column("requests/s", drop=1),
         Column("steps per job", drop=2),
+        Column("keeps", drop=3),
     )
 
     def used(amount: str, limit: str | None) -> str:
@@ -75,6 +92,7 @@ def list_projects(json: JsonOption = False) -> None:
                 used(decimal(each.bytes), size),
                 _text(most.requests_per_second) or "",
                 _text(most.steps) or "",
+                ", ".join(f"{kind} {_period(days)}" for kind, days in each.keep.items()),
             )
         )
     show_table(columns, rows, stdout())
@@ -112,9 +130,15 @@ def set_project(
         list[_LimitName] | None,
         typer.Option("--lift", metavar="LIMIT", help="Remove a limit, such as bytes."),
     ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep", metavar="KIND=AGE", help="Retention: failed=30d, files=forever, logs=default."
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Set limits of a project, effective immediately."""
+    """Set limits and retention of a project, effective immediately."""
     from training_backends.cli.data import read_size
     from training_backends.cli.exit_codes import UsageError
     from training_backends.cli.views.console import stderr, write_json
@@ -129,17 +153,93 @@ def set_project(
     }
     limits = {limit: value for limit, value in given.items() if value is not None}
     lifted = {limit.replace("-", "_"): None for limit in lift or ()}
-    if not limits and not lifted:
+    kept = dict(map(_kept, keep or ()))
+    if not limits and not lifted and not kept:
         raise UsageError("No limit given.", hint="See `training-backends projects set --help`.")
-    changed = ProjectStore(_store()).set(name, {**limits, **lifted})
+    changed = ProjectStore(_store()).set(name, {**limits, **lifted}, kept)
     if json:
         write_json(asdict(changed))
         return
     texts = {limit: f"{value:,}" for limit, value in limits.items()} | dict.fromkeys(
         lifted, "lifted"
     )
+    texts |= {f"keeps {kind}": _period(days) for kind, days in kept.items()}
     shown = ", ".join(f"{limit.replace('_', ' ')} {what}" for limit, what in texts.items())
     stderr().print(f"Project {name}: {shown}.", markup=False)
+
+
+@projects.command("cleanup")
+def clean_up(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Project; default: all.")
+    ] = None,
+    only: Annotated[
+        list[_KindName] | None,
+        typer.Option("--only", metavar="KIND", help="Delete only failed, files or the like."),
+    ] = None,
+    older_than: Annotated[
+        str | None,
+        typer.Option("--older-than", metavar="AGE", help="Instead of the periods, such as 30d."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would be deleted.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip the confirmation.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Delete old runs, checkpoints, files and logs now.
+
+    Without --older-than, the periods of the settings and of the project apply. With it, models of
+    completed jobs are deleted only with `--only completed`.
+    """
+    from rich.filesize import decimal
+
+    from training_backends.cli.deletion import read_age
+    from training_backends.cli.exit_codes import Interrupted
+    from training_backends.cli.session import run_async
+    from training_backends.cli.terminal import ask, no_consent
+    from training_backends.cli.views.console import show_table, stderr, stdout, write_json
+    from training_backends.core.settings import load_settings
+    from training_backends.gateway.gateway import open_retention
+    from training_backends.gateway.keys import check_project, local_operator
+    from training_backends.gateway.projects import KINDS
+    from training_backends.gateway.settings import GatewaySettings
+
+    if name is not None:
+        check_project(name)
+    age = None if older_than is None else read_age(older_than).total_seconds()
+    kinds = [
+        kind for kind in KINDS if (kind in only if only else age is None or kind != "completed")
+    ]
+    if not (dry_run or yes or sys.stdin.isatty()):
+        raise no_consent("A cleanup cannot be undone", "Pass --yes, or --dry-run.")
+
+    async def run() -> "Sequence[Expired]":
+        async with open_retention(load_settings(GatewaySettings), home=home_directory()) as found:
+            sweep = partial(
+                found.sweep, kinds=kinds, project=name, older_than=age, actor_of=local_operator
+            )
+            if dry_run or yes:
+                return await sweep(dry_run=dry_run)
+            planned = await sweep(dry_run=True)
+            if planned:
+                show_table(*_table(planned), stderr())
+                if not ask("Delete all of this?"):
+                    raise Interrupted("Nothing was deleted.")
+            return await sweep() if planned else []
+
+    expired = run_async(run)
+    freed = sum(each.bytes for each in expired)
+    if json:
+        found = [asdict(each) for each in expired]
+        write_json({"dry_run": dry_run, "deleted": found, "freed_bytes": freed})
+        return
+    if not expired:
+        stderr().print("Nothing to delete.")
+        return
+    show_table(*_table(expired), stdout())
+    done = "Would free" if dry_run else "Freed"
+    stderr().print(f"{done} {decimal(freed)}.", markup=False)
 
 
 @audit.command("export")
@@ -206,3 +306,45 @@ def _store() -> "GatewayStore":
     from training_backends.gateway.settings import GatewaySettings
 
     return open_store(home_directory(), load_settings(GatewaySettings).store_url)
+
+
+def _table(
+    expired: "Sequence[Expired]",
+) -> "tuple[Sequence[Column], Sequence[tuple[str, ...]]]":
+    """Return what was deleted by project and kind."""
+    from rich.filesize import decimal
+
+    from training_backends.cli.views.console import Column
+
+    found: dict[tuple[str, str], list[int]] = {}
+    for each in expired:
+        found.setdefault((each.project, each.kind), []).append(each.bytes)
+    columns = Column("project"), Column("kind"), Column("deleted"), Column("size")
+    rows = [(*key, f"{len(sizes):,}", decimal(sum(sizes))) for key, sizes in sorted(found.items())]
+    return columns, rows
+
+
+def _kept(text: str) -> tuple[str, float | str | None]:
+    """Read KIND=AGE; return the kind and days, forever, or None for the gateway's setting."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from training_backends.core.estimate import Duration
+
+    kind, _, age = text.partition("=")
+    if kind in list(_KindName):
+        if age in {_FOREVER, "default"}:
+            return kind, _FOREVER if age == _FOREVER else None
+        with suppress(ValidationError):
+            span: timedelta = TypeAdapter(Duration).validate_python(age)
+            return kind, span.total_seconds() / _DAY
+    raise typer.BadParameter(
+        f"{text!r} is not KIND=AGE: a kind ({', '.join(_KindName)}) and a duration such as 30d, "
+        "forever, or default.",
+        param_hint="--keep",
+    )
+
+
+def _period(days: float | str | None) -> str:
+    if days is None:
+        return "default"
+    return days if isinstance(days, str) else f"{days:.4g}d"

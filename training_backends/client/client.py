@@ -834,9 +834,60 @@ class AsyncTrainingClient:
                 await backend.delete(run)
         await to_thread.run_sync(partial(self._store.delete, run.id, created_at=run.created_at))
 
-    async def check_store(self) -> Sequence[str]:
-        """Return the problems of the run store, one line each, without changing it."""
-        return await to_thread.run_sync(check, self._store_url)
+    async def remove_checkpoints(self, run_id: str, steps: Collection[int]) -> TrainingRun:
+        """Remove the files of some checkpoints of a finished run; its model stays.
+
+        Raises:
+            RunNotFound: No run has exactly this id.
+            UnsupportedOperation: The run is not finished, belongs to another machine or home, or
+                its backend cannot remove checkpoints.
+        """
+        run, backend = await self._finished(run_id, "remove checkpoints of")
+        await backend.remove_checkpoints(run, steps)
+
+        def change(now: TrainingRun) -> TrainingRun:
+            points = tuple(
+                point.model_copy(update={"path": None}) if point.step in steps else point
+                for point in now.checkpoints
+            )
+            return now.model_copy(update={"checkpoints": points})
+
+        return await to_thread.run_sync(self._store.update, run.id, change)
+
+    async def remove_log(self, run_id: str, *, keep_steps: Collection[int] = ()) -> int:
+        """Delete the log and the metrics of a finished run; its status changes stay.
+
+        Args:
+            keep_steps: Steps whose metrics are kept.
+
+        Returns:
+            The size of the deleted records.
+
+        Raises:
+            RunNotFound: No run has exactly this id.
+            UnsupportedOperation: The run is not finished, or belongs to another machine or home.
+        """
+        run, backend = await self._finished(run_id, "remove the log of")
+        await backend.remove_log(run)
+        return await to_thread.run_sync(
+            partial(self._store.trim, run.id, keep_steps=frozenset(keep_steps))
+        )
+
+    async def _finished(self, run_id: str, verb: str) -> tuple[TrainingRun, TrainingBackend]:
+        run = await self.get(run_id)
+        await self._observer.require_here(run, verb)
+        backend = await self._backend(run.backend)
+        if not run.status.is_terminal:
+            raise backend.unsupported(f"{verb} a run that is {run.status}", "Stop it first.")
+        return run, backend
+
+    async def check_store(self, *, within: float | None = None) -> Sequence[str]:
+        """Return the problems of the run store, one line each, without changing it.
+
+        Args:
+            within: Seconds after which to return what was found; None: check everything.
+        """
+        return await to_thread.run_sync(partial(check, self._store_url, within=within))
 
     async def recover_store(self) -> Recovery:
         """Back up a damaged run store and rebuild it.

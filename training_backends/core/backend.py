@@ -512,6 +512,20 @@ class TrainingBackend(ABC):
         del run
         raise self.unsupported("delete runs")
 
+    async def remove_checkpoints(self, run: TrainingRun, steps: Collection[int]) -> None:
+        """Remove the files of some checkpoints of a finished run, but not its model.
+
+        Safe to repeat. Override together with `Capabilities.downloads_checkpoints`.
+        """
+        del run, steps
+        raise self.unsupported("remove checkpoints")
+
+    async def remove_log(self, run: TrainingRun) -> None:  # noqa: B027  # most have no files
+        """Remove the files with the log of a finished run, which the store has by then.
+
+        Safe to repeat. Override if the backend keeps such files; `observe` must still work.
+        """
+
     async def suspend(self) -> int:
         """Save the progress of all runs that would end with this machine or container.
 

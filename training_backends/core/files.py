@@ -20,6 +20,7 @@ __all__ = [
     "Stamp",
     "append_line",
     "digest_of",
+    "disk_usage",
     "hold_lock",
     "is_locked",
     "keep_digest",
@@ -198,6 +199,19 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def disk_usage(directory: Path) -> int:
+    """Return the bytes on disk below a directory; files with several names count once."""
+    sizes: dict[tuple[int, int], int] = {}
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            try:
+                found = Path(parent, name).lstat()
+            except OSError:
+                continue
+            sizes[found.st_dev, found.st_ino] = found.st_blocks * 512
+    return sum(sizes.values())
+
+
 def is_locked(path: Path) -> bool:
     """Return whether a process holds the lock, without interfering with it."""
     try:
@@ -221,7 +235,7 @@ def hold_lock(path: Path, patience: float = LOCK_PATIENCE) -> Iterator[None]:
     Raises:
         BlockingIOError: Another process still holds it after `patience` seconds.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + patience
     try:
         while not _try_lock(descriptor):

@@ -37,10 +37,13 @@ from training_backends.gateway.checkpoint_models import (
     CheckpointModel,
     CheckpointModels,
     job_of_key,
+    jobs_in,
 )
 from training_backends.gateway.external import ExternalServer, Find, Merge, Seen
 from training_backends.gateway.inference import InferenceServers, can_serve, inference_policy
+from training_backends.gateway.jobstore import OWNER, begins_with
 from training_backends.gateway.keys import Principal
+from training_backends.gateway.model_use import ModelUse
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.store import GatewayStore
 from training_backends.gateway.weights import WeightService
@@ -48,6 +51,7 @@ from training_backends.http.client import HttpClient
 from training_backends.http.urls import normalize_base_url
 from training_backends.rundir.handover import safe_environment
 from training_backends.store.gateway_schema import jobs, models
+from training_backends.store.runs import among
 
 __all__ = [
     "Abilities",
@@ -239,10 +243,12 @@ class ChatService:
         interpreter: Interpreter | None,
         catalogue: Catalogue,
         weights: WeightService,
+        use: ModelUse,
         settings: GatewaySettings,
         root: Path,
     ) -> None:
         self._store = store
+        self._use = use
         self._checkpoints = checkpoints
         self._catalogue = catalogue
         self._weights = weights
@@ -343,6 +349,10 @@ class ChatService:
         else:
             find = partial(self._weights.directory, str(job_id))
             complete = partial(self._result, str(job_id), name)
+        if checkpoint is not None:
+            await self._use.mark(checkpoint.job.id, checkpoint.point.step)
+        elif job_id is not None:
+            await self._use.mark(job_id)
         if self._external is not None:
             there = self._external
             target = offer.target if offer else await there.name_of(name, find, complete)
@@ -404,7 +414,7 @@ class ChatService:
 
     async def forget(self, job_id: str, name: str) -> None:
         """Stop the server of a fine-tuned model that is deleted, and remove its weights."""
-        paths = await to_thread.run_sync(lambda: [*self._merges.glob(f"{job_id}*")])
+        paths = await self.paths(job_id)
         if self._external is not None:
             await self._external.forget(name)
         if self._servers is not None:
@@ -415,11 +425,36 @@ class ChatService:
         for merged in paths:
             await to_thread.run_sync(_remove, merged)
 
+    async def forget_checkpoint(self, key: str, name: str, written: Path) -> None:
+        """Stop the server of a checkpoint that is deleted, and remove its merged weights.
+
+        Args:
+            key: See `CheckpointModel.key`.
+            name: Name of its model.
+            written: Directory of its model, which may not exist.
+        """
+        if self._external is not None:
+            await self._external.forget(name, exactly=True)
+        merged = self._merges / key
+        if self._servers is not None:
+            for directory in (merged, written):
+                await self._servers.stop(directory)
+        await to_thread.run_sync(_remove, merged)
+
+    async def paths(self, job_id: str) -> list[Path]:
+        """Return the directories in which models of a job are merged."""
+        return await to_thread.run_sync(lambda: [*self._merges.glob(f"{job_id}*")])
+
     async def sweep(self) -> None:
         """Remove incomplete merges, those of deleted models, and those of base models."""
-        kept = sa.select(models.c.job_id).where(models.c.deleted_at.is_(None))
-        rows = await self._store.aread(lambda connection: connection.execute(kept).all())
-        await to_thread.run_sync(_sweep, self._merges, {TINY_MODEL, *(row.job_id for row in rows)})
+        found = await to_thread.run_sync(jobs_in, self._merges)
+        query = sa.select(models.c.job_id).where(models.c.deleted_at.is_(None))
+        kept = await self._store.aread(
+            lambda connection: {
+                row.job_id for row in among(connection, query, models.c.job_id, found)
+            }
+        )
+        await to_thread.run_sync(_sweep, self._merges, {TINY_MODEL, *kept})
 
 
 def find_interpreter(backend: TrainingBackend) -> Interpreter | None:
@@ -484,7 +519,7 @@ def _unknown(connection: sa.Connection, name: str, caller: Principal) -> ChatPro
     digits = name.rpartition(":")[2][:36]
     if len(digits) >= _JOB_DIGITS:
         found = sa.select(jobs.c.id, jobs.c.status, jobs.c.fine_tuned_model).where(
-            jobs.c.id.startswith(digits, autoescape=True), caller.sees(jobs.c.project)
+            begins_with(digits), caller.sees(OWNER)
         )
         job = connection.execute(found).first()
         if job is not None and job.fine_tuned_model is None:

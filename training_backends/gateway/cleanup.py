@@ -55,6 +55,7 @@ class JobEnding:
         """Delete the files that only this job needed, and its stored keys; report its end."""
         if self._webhooks is not None:
             await self._webhooks.add(job)
+        await self._files.used(job)
         await self._files.collect(job.blobs)
         for integration in job.integrations:
             await self.forget(integration["type"], job.id)

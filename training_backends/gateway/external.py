@@ -123,13 +123,21 @@ class ExternalServer:
             log.error("adapter not loaded", model=name, status=answer.status, reason=said)
             raise RunNotFound(f"The inference server did not load the adapter of {name!r}.")
 
-    async def forget(self, name: str) -> None:
-        """Unload the adapters of a model that is deleted, and of its checkpoints."""
+    async def forget(self, name: str, *, exactly: bool = False) -> None:
+        """Unload the adapters of a model that is deleted, and of its checkpoints.
+
+        Args:
+            exactly: Only that of this name.
+        """
+
+        def is_gone(each: str) -> bool:
+            return each == name or (not exactly and each.startswith(name))
+
         self._directories = {
-            each: path for each, path in self._directories.items() if not each.startswith(name)
+            each: path for each, path in self._directories.items() if not is_gone(each)
         }
         seen = await self.look(again=True)
-        loaded = [each for each in seen.names or () if each.startswith(name)]
+        loaded = [each for each in seen.names or () if is_gone(each)]
         for each in loaded if seen.loads else ():
             try:
                 await self.client.send("POST", _UNLOAD, body={"lora_name": each})

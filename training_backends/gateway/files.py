@@ -12,7 +12,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -68,14 +68,17 @@ from training_backends.store.gateway_schema import IS_OPEN, files, jobs
 __all__ = [
     "OPENAI_UPLOAD",
     "RESULTS_PURPOSE",
+    "Exclusive",
     "FileFilters",
     "FileService",
     "StoredFile",
     "UploadRules",
     "clean_name",
+    "file_ids",
     "names_by_path",
     "one_of",
     "tuned_path",
+    "use_files",
 ]
 
 log = get_logger()
@@ -84,6 +87,8 @@ RESULTS_PURPOSE: Final = "fine-tune-results"
 """Of the files that the gateway writes; the Mistral API does not list them."""
 SWEEP_EVERY = 3600.0
 """Seconds between two removals of expired files."""
+_EXPIRED: Final = 200
+"""Files that are deleted in one transaction."""
 _MAX_EXPIRY_HOURS = 24 * 365 * 10
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -126,6 +131,7 @@ class StoredFile:
     source: DataSource
 
 
+_Freed = list[tuple[str, int]]
 Exclusive = Callable[[str], AbstractAsyncContextManager[object]]
 """Excludes all other gateways from a block, by the name of what it changes."""
 
@@ -179,8 +185,10 @@ class FileService:
         if self._blobs.is_shared:
             async with self._exclusive(f"blob:{sha256}"):
                 yield
-        else:
-            async with self._lock:
+            return
+        async with self._lock:
+            with ExitStack() as held:
+                await to_thread.run_sync(held.enter_context, self._blobs.alone())
                 yield
 
     async def upload(
@@ -275,6 +283,8 @@ class FileService:
                 caller.record(connection, "file.create", row["id"])
                 mine = sa.select(files).where(files.c.id == row["id"])
                 found = connection.execute(mine).first()
+            else:
+                use_files(connection, [found.id])
             if also is not None:
                 also(connection, found.id)
             return found
@@ -396,12 +406,66 @@ class FileService:
             except Exception:  # must not stop the gateway
                 log.exception("expired files not removed")
 
-    async def collect(self, digests: Sequence[str]) -> None:
-        """Remove those of the given blobs that nothing refers to."""
+    async def collect(self, digests: Iterable[str]) -> set[str]:
+        """Remove those of the given blobs that nothing refers to, and return them."""
+        removed = set()
         for digest in set(digests):
             async with self._alone(digest):
                 if digest not in await self._store.aread(partial(_needed, digests={digest})):
                     await to_thread.run_sync(self._blobs.remove, digest)
+                    removed.add(digest)
+        return removed
+
+    async def used(self, job: Any) -> None:
+        """Record that a job has used its files until now."""
+        await self._store.awrite(lambda c: use_files(c, file_ids(job)))
+
+    async def expire(
+        self, project: str, before: float, actor: Principal, *, dry_run: bool = False
+    ) -> Sequence[tuple[str, int]]:
+        """Delete the files of a project that were not used since a time.
+
+        A file of an unfinished job is in use.
+
+        Args:
+            before: In seconds since the epoch.
+            actor: Who deletes, for the audit log.
+            dry_run: Change nothing.
+
+        Returns:
+            The id of each file, and the bytes that its deletion frees: none while its content is
+            needed otherwise.
+        """
+        expired = _Freed()
+        place = (0.0, "")
+        while True:
+
+            def work(connection: sa.Connection, after: tuple[float, str] = place) -> Any:
+                page = _unused(connection, project, before, after)
+                busy = _ids_in_use(connection)
+                rows = [row for row in page if row.id not in busy]
+                if not dry_run:
+                    ids = [row.id for row in rows]
+                    gone = files.update().where(files.c.id.in_(ids))
+                    connection.execute(gone.values(deleted_at=time.time()))
+                    for file_id in ids:
+                        actor.record(connection, "file.expire", file_id)
+                return page, rows
+
+            page, rows = await (self._store.aread(work) if dry_run else self._store.awrite(work))
+            if not page:
+                return expired
+            place = page[-1].created_at, page[-1].id
+            sizes = {row.sha256: row.bytes for row in rows}
+            if dry_run:
+                ids = {row.id for row in rows}
+                kept = await self._store.aread(partial(_needed, digests={*sizes}, without=ids))
+                freed = sizes.keys() - kept
+            else:
+                freed = await self.collect(sizes)
+            for row in rows:
+                expired.append((row.id, row.bytes if row.sha256 in freed else 0))
+                freed.discard(row.sha256)  # once for all files of the same content
 
     async def add(
         self,
@@ -474,7 +538,7 @@ class FileService:
 
         Other files of the same content have the same path, and are not this job's business.
         """
-        ids = [*(file["file_id"] for file in job.training_files), *job.validation_files]
+        ids = file_ids(job)
         query = sa.select(files).where(files.c.id.in_(ids))
         rows = await self._store.aread(lambda connection: connection.execute(query).all())
         rows = sorted(rows, key=lambda row: ids.index(row.id))
@@ -656,15 +720,50 @@ def _delete_expired(connection: sa.Connection) -> Sequence[str]:
     return digests
 
 
-def _needed(connection: sa.Connection, digests: Collection[str] | None = None) -> set[str]:
+def use_files(connection: sa.Connection, ids: Collection[str]) -> None:
+    """Record that files are used now, so that retention keeps them."""
+    connection.execute(files.update().where(files.c.id.in_(ids)).values(used_at=time.time()))
+
+
+def file_ids(job: Any) -> list[str]:
+    """Return the ids of the files of a job."""
+    return [*(file["file_id"] for file in job.training_files), *job.validation_files]
+
+
+def _unused(
+    connection: sa.Connection, project: str, before: float, after: tuple[float, str]
+) -> Sequence[Any]:
+    """Return the next uploaded files of a project that were not used since a time."""
+    place = sa.tuple_(files.c.created_at, files.c.id)
+    unused = files.c.used_at.is_(None) | (files.c.used_at < before)
+    found = sa.select(files).where(
+        *(files.c.project == project, files.c.deleted_at.is_(None), files.c.source == "upload"),
+        *(files.c.created_at < before, place > after, unused),
+    )
+    return connection.execute(found.order_by(files.c.created_at, files.c.id).limit(_EXPIRED)).all()
+
+
+def _ids_in_use(connection: sa.Connection) -> set[str]:
+    """Return the ids of the files of unfinished jobs."""
+    columns = jobs.c.training_files, jobs.c.validation_files
+    unfinished = sa.select(*columns).where(IS_OPEN, jobs.c.status.not_in(ENDED))
+    return {each for row in connection.execute(unfinished) for each in file_ids(row)}
+
+
+def _needed(
+    connection: sa.Connection,
+    digests: Collection[str] | None = None,
+    without: Collection[str] = (),
+) -> set[str]:
     """Return the digests that an existing file or an unfinished job refers to.
 
     Args:
         digests: Look for these only; None: all.
+        without: Ids of files that do not count.
     """
     query = sa.select(files.c.sha256).where(*present())
     if digests is not None:
-        query = query.where(files.c.sha256.in_(digests))
+        query = query.where(files.c.sha256.in_(digests), files.c.id.not_in(without))
     found = set(connection.execute(query).scalars())
     for blobs in connection.execute(
         sa.select(jobs.c.blobs).where(IS_OPEN, jobs.c.status.not_in(ENDED))

@@ -38,7 +38,8 @@ from training_backends.gateway.console_sessions import ConsoleSessions
 from training_backends.gateway.files import FileService
 from training_backends.gateway.jobs import JobService
 from training_backends.gateway.keys import KeyStore
-from training_backends.gateway.legacy_store import import_legacy_locked
+from training_backends.gateway.legacy_store import import_legacy, import_legacy_locked
+from training_backends.gateway.model_use import ModelUse
 from training_backends.gateway.models import ModelService
 from training_backends.gateway.object_blobs import ObjectBlobStore
 from training_backends.gateway.part_uploads import PartUploads
@@ -57,9 +58,19 @@ from training_backends.objects.store import ObjectStore, is_object_url, scheme_o
 from training_backends.store import gateway_schema
 from training_backends.store.version import StoreVersion
 
-__all__ = ["Gateway", "LinkSigner", "beside", "load_secret", "open_blobs", "open_gateway"]
+__all__ = [
+    "Gateway",
+    "LinkSigner",
+    "beside",
+    "load_secret",
+    "open_blobs",
+    "open_gateway",
+    "open_retention",
+]
 
 _SECRET_BYTES = 32
+_CHECKING: Final = 2.0
+"""Seconds; a store that takes longer to check is checked in part."""
 _CREATING: Final = timedelta(minutes=5)
 """Within this time, the key of a job's integration and the job itself are stored."""
 
@@ -221,13 +232,23 @@ async def open_gateway(
             pace=pace,
             exclusive=client.exclusive,
         )
-        uploads = PartUploads(store, files, blobs, limit=settings.max_parts_bytes, pace=pace)
+        uploads = PartUploads(
+            store,
+            files,
+            blobs,
+            limit=settings.max_parts_bytes,
+            pace=pace,
+            exclusive=client.exclusive,
+        )
         if lock.alone:
             await files.open()
             await uploads.open()
         tasks = await stack.enter_async_context(beside())
         stack.callback(tasks.cancel_scope.cancel)
-        weights = WeightService(store, client, backend=backend, catalogue=catalogue, root=root)
+        use = ModelUse(store)
+        weights = WeightService(
+            store, client, backend=backend, catalogue=catalogue, use=use, root=root
+        )
         if lock.alone:
             await weights.sweep()
         interpreter = None
@@ -248,6 +269,7 @@ async def open_gateway(
             interpreter=interpreter,
             catalogue=catalogue,
             weights=weights,
+            use=use,
             settings=settings,
             root=root,
         )
@@ -271,6 +293,7 @@ async def open_gateway(
             weights=weights,
             chat=chat,
             checkpoints=checkpoints,
+            use=use,
         )
         yield Gateway(
             settings=settings,
@@ -307,6 +330,69 @@ async def open_gateway(
         )
 
 
+@asynccontextmanager
+async def open_retention(
+    settings: GatewaySettings,
+    *,
+    home: Path,
+    backends: Mapping[str, TrainingBackend] | None = None,
+) -> AsyncIterator[Retention]:
+    """Open what deletes by age in the gateway of a home, which may be running.
+
+    Args:
+        backends: Backends to use instead of the registered ones.
+
+    Raises:
+        ConfigError: The settings are invalid.
+        StoreError: A database is damaged or cannot be opened.
+    """
+    root = (home / "gateway").expanduser().absolute()
+    async with AsyncExitStack() as stack:
+        vault = CredentialVault(home=root)
+        store, client = await _open_database(
+            stack, settings, root, vault, backends, is_locked=False
+        )
+        catalogue = await to_thread.run_sync(Catalogue.load, settings.catalogue)
+        blobs = await to_thread.run_sync(open_blobs, settings, root)
+        pace = MinimumSpeed(silence=settings.upload_timeout, rate=settings.min_upload_rate)
+        limit, exclusive = settings.max_upload_bytes, client.exclusive
+        files = FileService(store, blobs, limit=limit, pace=pace, exclusive=exclusive)
+        tasks = await stack.enter_async_context(beside())
+        use = ModelUse(store)
+        weights = WeightService(store, client, backend="", catalogue=catalogue, use=use, root=root)
+        checkpoints = CheckpointModels(
+            store,
+            client,
+            organization_id=settings.organization_id,
+            directory=root / "checkpoints",
+        )
+        chat = ChatService(
+            store,
+            tasks,
+            checkpoints,
+            interpreter=None,
+            catalogue=catalogue,
+            weights=weights,
+            use=use,
+            settings=settings,
+            root=root,
+        )
+        stack.push_async_callback(chat.aclose)
+        models = ModelService(
+            store,
+            client,
+            backend="",
+            catalogue=catalogue,
+            organization_id=settings.organization_id,
+            opened_at=time.time(),
+            weights=weights,
+            chat=chat,
+            checkpoints=checkpoints,
+            use=use,
+        )
+        yield Retention(store, client, models, files, settings)
+
+
 def object_settings(settings: GatewaySettings) -> ObjectSettings:
     """Return how the client of a gateway reads objects: the uploaded files too."""
     found = load_settings(ObjectSettings)
@@ -338,8 +424,14 @@ async def _open_database(
     root: Path,
     vault: CredentialVault,
     backends: Mapping[str, TrainingBackend] | None,
+    *,
+    is_locked: bool = True,
 ) -> tuple[GatewayStore, AsyncTrainingClient]:
-    """Open the gateway's tables, and the client of the runs in the same database."""
+    """Open the gateway's tables, and the client of the runs in the same database.
+
+    Args:
+        is_locked: This process holds the lock of the home.
+    """
     url = database_url(root, settings.store_url)
     make_client = partial(
         AsyncTrainingClient,
@@ -354,7 +446,8 @@ async def _open_database(
     store = await to_thread.run_sync(GatewayStore, url)
     stack.callback(store.close)
     if settings.store_url is None:
-        await to_thread.run_sync(import_legacy_locked, store, root)
+        take_over = import_legacy_locked if is_locked else import_legacy
+        await to_thread.run_sync(take_over, store, root)
     return store, client
 
 
@@ -409,8 +502,7 @@ async def _start_jobs(
     await runner.start()
     tasks.start_soon(files.sweep)
     tasks.start_soon(AuditLog(store).sweep, settings.audit_days)
-    if settings.keep_days is not None:
-        tasks.start_soon(Retention(store, client, models).run, settings.keep_days, leases)
+    tasks.start_soon(Retention(store, client, models, files, settings).run, leases)
     if webhooks is not None:
         tasks.start_soon(webhooks.run, leases)
     # Another gateway may be creating a job at this moment.
@@ -432,7 +524,7 @@ async def _start_jobs(
 
 async def _check_run_store(client: AsyncTrainingClient, root: Path) -> None:
     """Fail at start if the run store is damaged, which would block every job."""
-    if problems := await client.check_store():
+    if problems := await client.check_store(within=_CHECKING):
         raise StoreError(
             f"The gateway's run store in {root} cannot be used: {problems[0]}",
             hint=f"Run `TRAINING_BACKENDS_HOME={root} training-backends doctor --recover` to "

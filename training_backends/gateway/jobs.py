@@ -19,7 +19,14 @@ from training_backends.core.tracing import trace_headers
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.cleanup import JobEnding, SecretKeeper
 from training_backends.gateway.errors import HTTPProblem, invalid, plain, problem
-from training_backends.gateway.files import FileService, StoredFile, names_by_path, tuned_path
+from training_backends.gateway.files import (
+    FileService,
+    StoredFile,
+    file_ids,
+    names_by_path,
+    tuned_path,
+    use_files,
+)
 from training_backends.gateway.job_events import STATUS_EVENT
 from training_backends.gateway.job_request import CheckedJob, check_job, make_config, secret_profile
 from training_backends.gateway.jobstore import (
@@ -368,8 +375,8 @@ class JobService:
             "training_file": [entry["file_id"] for entry in job.training_files],
             "validation_file": job.validation_files,
         }
-        for param, file_ids in given.items():
-            for file_id in file_ids:
+        for param, ids in given.items():
+            for file_id in ids:
                 own = internal_id(FILE, file_id) or ""
                 known = self._files.find(connection, [own], caller.project).get(own)
                 if known is None or known.purpose != "fine-tune":
@@ -407,6 +414,7 @@ class JobService:
             )
         )
         row = load_job(connection, job_id)
+        use_files(connection, file_ids(row))
         change_counts(connection, row, before=None, after=row.status)
         add_event(connection, job_id, STATUS_EVENT, {"status": "QUEUED"})
         caller.record(connection, "job.create", job_id)

@@ -1,9 +1,10 @@
 """Base models and fine-tuned models of the gateway."""
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -17,8 +18,14 @@ from training_backends.gateway.catalogue import Catalogue, Offer
 from training_backends.gateway.chat import Abilities, ChatService
 from training_backends.gateway.checkpoint_models import CheckpointModel, CheckpointModels
 from training_backends.gateway.errors import not_found, plain
-from training_backends.gateway.jobstore import base_model, keep_history, model_name
+from training_backends.gateway.jobstore import (
+    base_model,
+    checkpoint_name,
+    keep_history,
+    model_name,
+)
 from training_backends.gateway.keys import Principal
+from training_backends.gateway.model_use import ModelUse
 from training_backends.gateway.store import GatewayStore
 from training_backends.gateway.weights import WeightService
 from training_backends.protocols.mistral.status import METHODS
@@ -65,6 +72,7 @@ class ModelService:
         weights: WeightService,
         chat: ChatService,
         checkpoints: CheckpointModels,
+        use: ModelUse,
     ) -> None:
         self._store = store
         self._client = client
@@ -75,6 +83,7 @@ class ModelService:
         self._weights = weights
         self._chat = chat
         self._checkpoints = checkpoints
+        self._use = use
 
     async def pages(
         self, caller: Principal, *, provider: str | None = None, model: str | None = None
@@ -126,14 +135,19 @@ class ModelService:
         return await to_thread.run_sync(self._card, row, await self._chat.abilities())
 
     async def offer(self, name: str, caller: Principal) -> Offer | None:
-        """Return a fine-tuned model or a checkpoint as what a job can start from, or None."""
+        """Return a fine-tuned model or a checkpoint as what a job can start from, or None.
+
+        It counts as used now, so that retention keeps it until the job is stored.
+        """
         query = models.select().where(models.c.id == name, *_visible(caller))
         row = await self._store.aread(lambda connection: connection.execute(query).first())
         if row is not None:
+            await self._use.mark(row.job_id)
             kind, length, target = row.model_type, row.context_length, None
             with suppress(RunNotFound):
                 target = (await self._client.get(row.job_id)).result_model
         elif checkpoint := await self._checkpoints.find(name, caller):
+            await self._use.mark(checkpoint.job.id, checkpoint.point.step)
             kind, length = checkpoint.job.job_type, checkpoint.job.context_length
             target = str(await self._checkpoints.path(checkpoint))
         else:
@@ -191,8 +205,43 @@ class ModelService:
         return DeleteModelOut(id=model_id)
 
     async def remove(self, job: Any) -> None:
-        """Remove what a failed or cancelled job has left; its history must be stored."""
-        await self._remove(job.id, model_name(job, self._organization_id, job.modified_at))
+        """Remove what a finished job has left; its history must be stored."""
+        await self._remove(job.id, self._name(job))
+
+    async def remove_checkpoints(self, job: Any, steps: Collection[int]) -> None:
+        """Remove some checkpoints of a finished job, but not its model.
+
+        Raises:
+            TrainingBackendError: The backend cannot remove them.
+        """
+        for step in steps:
+            written = self._checkpoints.written(job.id, step)
+            name = checkpoint_name(self._name(job), step)
+            await self._chat.forget_checkpoint(written.name, name, written)
+            await self._checkpoints.remove(job.id, step)
+        await self._client.remove_checkpoints(job.id, steps)
+
+    async def places(self, job: Any) -> list[Path]:
+        """Return the directories of a job on this machine; some may not exist."""
+        run = self._client.home / "runs" / job.id
+        written = await self._checkpoints.paths(job.id)
+        return [run, self._weights.copy(job.id), *written, *await self._chat.paths(job.id)]
+
+    def offers_any(self, places: Collection[Path]) -> bool:
+        """Return whether a model of the catalogue is in one of these directories. Blocking."""
+        targets = [Path(offer.target).absolute() for offer in self._catalogue.all()]
+        return any(target.is_relative_to(place) for target in targets for place in places)
+
+    async def checkpoint_places(self, job: Any, steps: Collection[int]) -> list[Path]:
+        """Return the directories of the models of checkpoints; some may not exist."""
+        written = [self._checkpoints.written(job.id, step) for step in steps]
+        merged = await self._chat.paths(job.id)
+        names = {path.name for path in written}
+        return [*written, *(path for path in merged if path.name in names)]
+
+    def _name(self, job: Any) -> str:
+        at: float = job.modified_at
+        return job.fine_tuned_model or model_name(job, self._organization_id, at)
 
     async def _remove(self, job_id: str, name: str) -> None:
         await self._chat.forget(job_id, name)

@@ -15,7 +15,13 @@ from anyio import to_thread
 
 from training_backends.core.logging import get_logger
 from training_backends.gateway.errors import HTTPProblem, invalid, not_found, problem
-from training_backends.gateway.files import OPENAI_UPLOAD, FileService, clean_name, one_of
+from training_backends.gateway.files import (
+    OPENAI_UPLOAD,
+    Exclusive,
+    FileService,
+    clean_name,
+    one_of,
+)
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.openai_ids import PART, internal_id
 from training_backends.gateway.projects import check_bytes
@@ -66,6 +72,7 @@ class PartUploads:
 
     Args:
         limit: Maximum bytes of a joined file.
+        exclusive: Excludes other gateways from completing or cancelling the same upload.
     """
 
     def __init__(
@@ -76,12 +83,14 @@ class PartUploads:
         *,
         limit: int,
         pace: MinimumSpeed,
+        exclusive: Exclusive,
     ) -> None:
         self._store = store
         self._files = files
         self._blobs = blobs
         self._limit = limit
         self._pace = pace
+        self._exclusive = exclusive
         # An upload is completed or cancelled by one request at a time.
         self._locks: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
 
@@ -200,7 +209,7 @@ class PartUploads:
         """
         asked = [internal_id(PART, part_id) or part_id for part_id in request.part_ids]
         await self._store.aread(lambda c: _find(c, upload_id, caller))
-        async with self._locks[upload_id]:
+        async with self._locks[upload_id], self._exclusive(f"upload:{upload_id}"):
             row = await self._store.aread(lambda c: _find(c, upload_id, caller))
             if row.status == "completed" and row.part_ids == asked:
                 return await self._shown(row)
@@ -240,7 +249,7 @@ class PartUploads:
                 caller.record(connection, "upload.cancel", upload_id)
 
         await self._store.aread(lambda c: _find(c, upload_id, caller))
-        async with self._locks[upload_id]:
+        async with self._locks[upload_id], self._exclusive(f"upload:{upload_id}"):
             await self._store.awrite(work)
         return await self._over(upload_id, caller)
 

@@ -1,4 +1,4 @@
-"""Limits of projects, and what each project uses.
+"""Limits and retention of projects, and what each project uses.
 
 Jobs and bytes are counted in the transaction that adds to them, with the row of the project's
 limits locked, so processes that share a database cannot exceed a limit together. Requests per
@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 import sqlalchemy as sa
 
@@ -17,9 +17,12 @@ from training_backends.gateway.errors import HTTPProblem, invalid
 from training_backends.gateway.keys import Principal, check_project, local_operator
 from training_backends.gateway.store import GatewayStore, present
 from training_backends.protocols.mistral.status import ACTIVE
-from training_backends.store.gateway_schema import files, jobs, keys, projects, uploads
+from training_backends.store.gateway_schema import IS_OPEN, files, jobs, keys, projects, uploads
 
 __all__ = [
+    "FOREVER",
+    "KINDS",
+    "Kind",
     "Limits",
     "ProjectInfo",
     "ProjectStore",
@@ -29,9 +32,14 @@ __all__ = [
     "check_bytes",
     "check_job_limits",
     "limits_of",
+    "retention_of",
     "waiting_jobs",
 ]
 
+Kind = Literal["failed", "completed", "checkpoints", "files", "logs"]
+"""What retention deletes; see `retention`."""
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+FOREVER: Final = "forever"
 _RETRY_AFTER: Final = "60"
 """Seconds after which a job may have ended or a file may have been deleted."""
 _WOKEN: Final = 20
@@ -62,10 +70,15 @@ _NAMES: Final = tuple(each.name for each in fields(Limits))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectInfo:
-    """A project with its limits and what it uses of them."""
+    """A project with its limits and what it uses of them.
+
+    Attributes:
+        keep: Days by kind, or `FOREVER`; kinds that are missing have the gateway's setting.
+    """
 
     name: str
     limits: Limits
+    keep: Mapping[str, float | str]
     jobs_running: int
     jobs_queued: int
     bytes: int
@@ -81,19 +94,28 @@ class ProjectStore:
         """Return all projects that have a key, an object or a limit, by name."""
         return self._store.read(_list)
 
-    def set(self, name: str, limits: Mapping[str, float | None]) -> ProjectInfo:
-        """Change some limits of a project, effective immediately.
+    def set(
+        self,
+        name: str,
+        limits: Mapping[str, float | None],
+        keep: Mapping[str, float | str | None] | None = None,
+    ) -> ProjectInfo:
+        """Change some limits and periods of a project, effective immediately.
 
         Args:
             limits: New values by the names of `Limits`.
+            keep: Days by kind, or `FOREVER`; None: the gateway's setting.
 
         Raises:
             ConfigError: The project name is invalid.
         """
         check_project(name)
-        values = {**limits, "modified_at": time.time()}
+        values: dict[str, Any] = {**limits, "modified_at": time.time()}
 
         def work(connection: sa.Connection) -> ProjectInfo:
+            if keep:
+                new = {**retention_of(connection).get(name, {}), **keep}
+                values["retention"] = {k: v for k, v in new.items() if v is not None} or None
             changed = projects.update().where(projects.c.id == name).values(values)
             if not connection.execute(changed).rowcount:
                 connection.execute(projects.insert().values(id=name, **values))
@@ -107,10 +129,11 @@ def _list(connection: sa.Connection) -> Sequence[ProjectInfo]:
     owners = (table.c.project for table in (keys, jobs, files))
     every = sa.union(sa.select(projects.c.id), *map(sa.select, owners))
     limits = {row.id: _limits(row) for row in connection.execute(sa.select(projects))}
+    keep = retention_of(connection)
     running = sa.func.sum(sa.case((_RUNS, 1), else_=0))
     counts = (
         sa.select(jobs.c.project, sa.func.count().label("open"), running.label("running"))
-        .where(jobs.c.status.in_(ACTIVE))
+        .where(IS_OPEN, jobs.c.status.in_(ACTIVE))
         .group_by(jobs.c.project)
     )
     counted = {row.project: row for row in connection.execute(counts)}
@@ -124,6 +147,7 @@ def _list(connection: sa.Connection) -> Sequence[ProjectInfo]:
             ProjectInfo(
                 name=name,
                 limits=limits.get(name, Limits()),
+                keep=keep.get(name, {}),
                 jobs_running=runs,
                 jobs_queued=total - runs,
                 bytes=stored.get(name, 0),
@@ -145,6 +169,12 @@ def limits_of(connection: sa.Connection, project: str, *, lock: bool = False) ->
     query = sa.select(projects).where(projects.c.id == project)
     row = connection.execute(query.with_for_update() if lock else query).first()
     return Limits() if row is None else _limits(row)
+
+
+def retention_of(connection: sa.Connection) -> dict[str, dict[str, float | str]]:
+    """Return the periods that projects have of their own, by project and kind."""
+    query = sa.select(projects.c.id, projects.c.retention)
+    return {row.id: row.retention for row in connection.execute(query) if row.retention}
 
 
 def _limits(row: Any) -> Limits:
@@ -230,7 +260,7 @@ def waiting_jobs(connection: sa.Connection, project: str | None = None) -> Seque
     Args:
         project: None: of all projects.
     """
-    waits = [jobs.c.status == "QUEUED", jobs.c.started_at.is_not(None), ~_RUNS]
+    waits: list[Any] = [IS_OPEN, jobs.c.status == "QUEUED", jobs.c.started_at.is_not(None), ~_RUNS]
     if project is not None:
         waits.append(jobs.c.project == project)
     query = sa.select(jobs.c.id).where(*waits).order_by(jobs.c.started_at).limit(_WOKEN)
@@ -239,7 +269,7 @@ def waiting_jobs(connection: sa.Connection, project: str | None = None) -> Seque
 
 def _count(connection: sa.Connection, project: str, which: sa.ColumnElement[bool]) -> int:
     counted = sa.select(sa.func.count()).select_from(jobs)
-    mine = jobs.c.project == project, jobs.c.status.in_(ACTIVE), which
+    mine = IS_OPEN, jobs.c.project == project, jobs.c.status.in_(ACTIVE), which
     return connection.execute(counted.where(*mine)).scalar_one()
 
 

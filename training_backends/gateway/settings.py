@@ -136,11 +136,34 @@ class GatewaySettings(SectionSettings):
     audit_days: float = Field(
         default=365.0, gt=0, description="Days after which entries of the audit log are deleted."
     )
-    keep_days: float | None = Field(
+    keep_failed_days: float | None = Field(
         default=None,
         gt=0,
-        description="Days after which the runs of failed and cancelled jobs are deleted; default: "
-        "never.",
+        description="Days after which the runs of jobs that failed or were cancelled are deleted; "
+        "default: never.",
+    )
+    keep_completed_days: float | None = Field(
+        default=None,
+        gt=0,
+        description="Days without use after which the models of completed jobs are deleted; "
+        "default: never.",
+    )
+    keep_checkpoints_days: float | None = Field(
+        default=30.0,
+        gt=0,
+        description="Days without use after which the checkpoints of completed jobs are deleted; "
+        "null: never.",
+    )
+    keep_files_days: float | None = Field(
+        default=None,
+        gt=0,
+        description="Days without use after which uploaded files are deleted; default: never.",
+    )
+    keep_logs_days: float | None = Field(
+        default=None,
+        gt=0,
+        description="Days after which the logs and metrics of finished jobs are deleted; "
+        "default: never.",
     )
     organization: str = Field(
         default="local", min_length=1, description="Part of model names, as 8 hex digits."

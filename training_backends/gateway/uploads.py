@@ -5,6 +5,7 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final, Self
@@ -26,7 +27,7 @@ from training_backends.core.config import DataSource
 from training_backends.core.data_rules import ProviderFormat
 from training_backends.core.errors import DatasetError
 from training_backends.core.escape import plural
-from training_backends.core.files import make_private_directory, sync_directory
+from training_backends.core.files import hold_lock, make_private_directory, sync_directory
 from training_backends.core.logging import get_logger
 from training_backends.datasets.convert import convert
 from training_backends.datasets.inspect import LineError, check_upload
@@ -154,6 +155,8 @@ def _count_lines(path: Path) -> int:
 
 log = get_logger()
 
+_PATIENCE: Final = 60.0
+"""Seconds; processes of a home exclude each other for one transaction."""
 PART: Final = ".part"
 """Ending of the names of files being received."""
 OpenFile = Callable[[Path], BinaryIO]
@@ -226,7 +229,19 @@ class BlobStore:
         self._incoming = root / "incoming"
         self._converted = root / "converted"
         self._parts = root / "parts"
+        self._lock = root / "files.lock"
         self._open_file = open_file
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Exclude other processes of this home from a block; entering it blocks.
+
+        Raises:
+            BlockingIOError: Another process does not leave it.
+        """
+        make_private_directory(self._lock.parent)
+        with hold_lock(self._lock, _PATIENCE):
+            yield
 
     def prepare(self) -> None:
         """Create the directories and remove interrupted uploads."""

@@ -23,6 +23,7 @@ from training_backends.core.files import Stamp, make_private_directory, stamp_of
 from training_backends.gateway.catalogue import Catalogue
 from training_backends.gateway.errors import HTTPProblem, not_found, plain
 from training_backends.gateway.keys import Principal
+from training_backends.gateway.model_use import ModelUse
 from training_backends.gateway.store import GatewayStore
 from training_backends.store.gateway_schema import models
 
@@ -163,9 +164,11 @@ class WeightService:
         *,
         backend: str,
         catalogue: Catalogue,
+        use: ModelUse,
         root: Path,
     ) -> None:
         self._store = store
+        self._use = use
         self._client = client
         self._backend = backend
         self._catalogue = catalogue
@@ -191,6 +194,7 @@ class WeightService:
         row = await self._store.aread(lambda connection: self._row(connection, model_id, caller))
         if not caller.writes:
             raise plain(403, "This API key is read-only; weights need the write scope.")
+        await self._use.mark(row.job_id)
         directory = await self.directory(row.job_id) or await self._downloaded(row.job_id)
         try:
             archive = await to_thread.run_sync(TarArchive.of, directory)
@@ -214,7 +218,7 @@ class WeightService:
         """Return a copy of weights that the backend stores elsewhere, made once."""
         if not self._client.backend(self._backend).capabilities.downloads:
             raise _no_weights()
-        target = self._copies / job_id
+        target = self.copy(job_id)
         async with self._locks[job_id]:
             if await anyio.Path(target).is_dir():
                 return target
@@ -230,9 +234,13 @@ class WeightService:
                     await to_thread.run_sync(_remove, partial)
         return target
 
+    def copy(self, job_id: str) -> Path:
+        """Return the directory of the copy of a job's weights, which may not exist."""
+        return self._copies / job_id
+
     async def forget(self, job_id: str) -> None:
         """Remove the copy of weights that are deleted."""
-        await to_thread.run_sync(_remove, self._copies / job_id)
+        await to_thread.run_sync(_remove, self.copy(job_id))
 
     async def sweep(self) -> None:
         """Remove incomplete copies."""

@@ -1,15 +1,16 @@
-"""Copies of a result in an object store: the files first, then a manifest with their digests."""
+"""Copies of directories in an object store: the files first, then a manifest with their digests."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from training_backends.core.errors import BackendUnavailable, ConfigError, RunNotFound
-from training_backends.core.files import digest_of
+from training_backends.core.files import digest_of, make_private_directory
 from training_backends.objects.store import ObjectStore
 
-__all__ = ["MANIFEST", "publish"]
+__all__ = ["MANIFEST", "fetch", "path_below", "publish"]
 
 MANIFEST: Final = "manifest.json"
 """Written last: without it, a copy is incomplete."""
@@ -20,12 +21,15 @@ def publish(
     store: ObjectStore,
     about: Mapping[str, str],
     on_progress: Callable[[str, int, int], None] | None = None,
+    *,
+    replace: bool = False,
 ) -> None:
     """Copy a file or the files of a directory, unless a complete copy of them is there. Blocking.
 
     Args:
         about: Stored in the manifest, for example the run.
         on_progress: Called with a name, the bytes copied and all bytes.
+        replace: Replace a copy of something else.
 
     Raises:
         ConfigError: There is a copy of something else.
@@ -42,9 +46,11 @@ def publish(
     if known is not None:
         if known.get("files") == files:
             return
-        raise ConfigError(
-            f"{store.url} has another result.", hint="Choose a URL with nothing below it."
-        )
+        if not replace:
+            raise ConfigError(
+                f"{store.url} has another result.", hint="Choose a URL with nothing below it."
+            )
+        store.remove(MANIFEST)
     done, total = 0, sum(digest.size for _, digest in found.values())
     for name, (path, digest) in found.items():
         store.put(name, path)
@@ -54,6 +60,45 @@ def publish(
         if on_progress:
             on_progress(name, done, total)
     store.write(MANIFEST, json.dumps({**about, "files": files}, indent=2).encode())
+
+
+def fetch(store: ObjectStore, target: Path) -> bool:
+    """Copy a published directory to this machine; return False if there is none. Blocking.
+
+    A copy that was interrupted is continued. One process at a time.
+
+    Raises:
+        BackendUnavailable: The store cannot be used, or a file differs from the manifest.
+    """
+    manifest = _manifest(store)
+    if manifest is None:
+        return False
+    temporary = target.with_name(f".{target.name}.tmp")
+    make_private_directory(temporary)
+    for each in manifest.get("files", ()):
+        path = path_below(temporary, each["name"])
+        if path.is_file() and digest_of(path).sha256 == each["sha256"]:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store.get(each["name"], path)
+        if digest_of(path).sha256 != each["sha256"]:
+            path.unlink()
+            raise BackendUnavailable(f"{store.place(each['name'])}: differs from the manifest.")
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    return True
+
+
+def path_below(directory: Path, name: str) -> Path:
+    """Return the path of a file whose name comes from a store.
+
+    Raises:
+        ConfigError: It would be outside of the directory.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ConfigError(f"The object store has a file with an unexpected name, {name!r}.")
+    return directory / path
 
 
 def _manifest(store: ObjectStore) -> dict[str, Any] | None:

@@ -305,6 +305,7 @@ class RunDir:
         self.result: Path = path / "result"
         self.exit: Path = path / "exit.json"
         self.log: Path = path / "log.txt"
+        self.trackers: Path = path / "trackers.txt"
         self.reserve: Path = path / "reserve"
         self.stop: Path = path / "stop"
 

@@ -27,6 +27,8 @@ EVENT_SOURCES: Final = frozenset({"status", "event", "checkpoint", "watch"})
 _MEASURED: Final = frozenset({"metrics", "checkpoint"})
 _COUNTS: Final = frozenset({"step", "total_steps"})
 """Numeric fields of a record that are not metrics."""
+_TRIMMED: Final = 1000
+"""Records, or steps, that are deleted in one transaction."""
 _TOO_LARGE: Final = 2**63
 _LONGEST_NAME: Final = 128
 _CURSOR: Final = re.compile(r"[0-9]{1,18}", re.ASCII)
@@ -226,6 +228,44 @@ class Timeline(Database):
             MetricPoint(row.step, datetime.fromisoformat(row.at), row.name, row.value)
             for row in rows
         )
+
+    def trim(self, run_id: str, *, keep_steps: Collection[int] = ()) -> int:
+        """Delete the log of a finished run except its status changes, and its metrics.
+
+        In several transactions, so that no other writer waits for long; safe to repeat.
+
+        Args:
+            keep_steps: Steps whose metrics are kept.
+
+        Returns:
+            The size of the deleted records.
+        """
+        mine = records.c.run_id == run_id
+        gone = mine, records.c.source != _STATUS
+        of_fields = sa.func.coalesce(sa.func.length(records.c.fields), 0)
+        length = sa.func.length(records.c.message) + of_fields
+        size = 0
+        for start in range(0, self._last_number(run_id), _TRIMMED):
+            part = (*gone, records.c.seq > start, records.c.seq <= start + _TRIMMED)
+            with self._writing() as connection:
+                found = connection.execute(sa.select(sa.func.sum(length)).where(*part)).scalar()
+                size += int(found or 0)
+                connection.execute(records.delete().where(*part))
+        measured = metrics.c.run_id == run_id
+        steps = sa.select(metrics.c.step).where(measured, metrics.c.step.not_in(keep_steps))
+        steps = steps.distinct().order_by(metrics.c.step).limit(_TRIMMED)
+        while True:
+            with self._writing() as connection:
+                if not (chosen := connection.execute(steps).scalars().all()):
+                    return size
+                between = metrics.c.step.between(chosen[0], chosen[-1])
+                connection.execute(
+                    metrics.delete().where(measured, between, metrics.c.step.not_in(keep_steps))
+                )
+
+    def _last_number(self, run_id: str) -> int:
+        with self._reading() as connection:
+            return _last(connection, run_id)[0]
 
     def undelivered(
         self, *, backend: str, limit: int, sources: Collection[str] | None = None

@@ -7,6 +7,9 @@ from training_backends.store.schema import BigInteger, metadata
 __all__ = [
     "DEFAULT_PROJECT",
     "GATEWAY_TABLES",
+    "HAS_CHECKPOINTS",
+    "HAS_LOGS",
+    "HAS_RUN",
     "IS_OPEN",
     "audit",
     "events",
@@ -29,14 +32,25 @@ DEFAULT_PROJECT = "default"
 IS_OPEN = sa.text("NOT cleaned_up")
 """Condition of the jobs that have not finished, or are not cleaned up yet. A query must repeat it
 literally to use its indexes."""
+HAS_RUN = sa.text("has_run")
+"""Conditions, likewise, of the jobs of which retention has not deleted the run, the checkpoints or
+the log yet; also of jobs that never had one."""
+HAS_CHECKPOINTS = sa.text("has_checkpoints")
+HAS_LOGS = sa.text("has_logs")
 _PAGED = ("created_at", "id")
 """Columns by which all lists are ordered: with the id, a page continues exactly after the last."""
+_ENDED_BY_PROJECT = ("project", "status", "modified_at", "id")
 _EXISTS = sa.text("deleted_at IS NULL")
 
 
 def _index(name: str, *columns: str, where: "sa.TextClause | None" = None) -> sa.Index:
     """Return an index of some of the rows; None: of all."""
     return sa.Index(name, *columns, sqlite_where=where, postgresql_where=where)
+
+
+def _kept(name: str) -> "sa.Column[bool]":
+    """Return a column for what a job has until retention deletes it."""
+    return sa.Column(name, sa.Boolean, nullable=False, default=True, server_default=sa.true())
 
 
 def _project(*, key: bool = False) -> "sa.Column[str]":
@@ -63,6 +77,8 @@ files = sa.Table(
     sa.Column("deleted_at", sa.Float),
     # What a client of the OpenAI API sent with the upload.
     sa.Column("idempotency_key", sa.String),
+    # When it was last uploaded again, or a job that uses it was created or ended.
+    sa.Column("used_at", sa.Float),
     _project(),
     sa.Index("gateway_files_by_content", "sha256"),
     _index("gateway_files_by_time", *_PAGED, "expires_at", where=_EXISTS),
@@ -115,6 +131,13 @@ jobs = sa.Table(
     sa.Column("trace", sa.JSON(none_as_null=True)),
     # Ids of the files with the metrics of a job that succeeded.
     sa.Column("result_files", sa.JSON(none_as_null=True)),
+    # When its model or one of its checkpoints last answered or was downloaded, to the hour.
+    sa.Column("used_at", sa.Float),
+    # The same for each step of a checkpoint.
+    sa.Column("used_steps", sa.JSON(none_as_null=True)),
+    _kept("has_run"),
+    _kept("has_checkpoints"),
+    _kept("has_logs"),
     _project(),
     sa.Index("gateway_jobs_by_time", *_PAGED),
     sa.Index("gateway_jobs_by_project", "project", *_PAGED),
@@ -126,6 +149,9 @@ jobs = sa.Table(
     _index("gateway_jobs_open", "created_by", "status", where=IS_OPEN),
     _index("gateway_jobs_by_content", "fingerprint", where=IS_OPEN),
     sa.Index("gateway_jobs_of_project", "project", "status"),
+    _index("gateway_jobs_with_run", *_ENDED_BY_PROJECT, where=HAS_RUN),
+    _index("gateway_jobs_with_checkpoints", *_ENDED_BY_PROJECT, where=HAS_CHECKPOINTS),
+    _index("gateway_jobs_with_logs", *_ENDED_BY_PROJECT, where=HAS_LOGS),
 )
 # How many jobs there are, so that no list counts them: by the day of their creation, in days since
 # the epoch, and in total as day -1. Written in the transaction that changes a job's status.
@@ -195,7 +221,7 @@ sessions = sa.Table(
     sa.Column("expires_at", sa.Float, nullable=False),
 )
 
-# Limits of projects; a project without a row has none. Null: unlimited.
+# Limits and retention of projects; a project without a row has none. Null: unlimited.
 projects = sa.Table(
     "gateway_projects",
     metadata,
@@ -205,6 +231,8 @@ projects = sa.Table(
     sa.Column("bytes", sa.BigInteger),
     sa.Column("requests_per_second", sa.Float),
     sa.Column("steps", sa.BigInteger),
+    # Days by kind, or "forever"; without a value, those of the gateway's settings.
+    sa.Column("retention", sa.JSON(none_as_null=True)),
     sa.Column("modified_at", sa.Float, nullable=False),
 )
 # Rows are inserted, and deleted by age; never updated.

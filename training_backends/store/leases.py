@@ -62,11 +62,13 @@ class LeaseTable(Database):
                 if _holds(row, is_gone):
                     return None
                 connection.execute(leases.delete().where(leases.c.token == row.token))
-                LeaseTable.moves += row.owner != owner
             until = as_text(utc_now() + ttl)
             connection.execute(leases.insert().values(name=name, owner=owner, until=until))
-            token = connection.execute(sa.select(leases.c.token).where(leases.c.name == name))
-            return Lease(name, owner, token.scalar_one())
+            found = connection.execute(sa.select(leases.c.token).where(leases.c.name == name))
+            token = found.scalar_one()
+        if row is not None and row.owner != owner:  # only now is the lease ours
+            LeaseTable.moves += 1
+        return Lease(name, owner, token)
 
     def renew(self, lease: Lease, ttl: timedelta) -> bool:
         """Extend a lease to `ttl` from now; False if it was taken over."""

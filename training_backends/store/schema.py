@@ -41,7 +41,7 @@ def short_text(length: int) -> sa.String:
     return sa.String(length).with_variant(sa.Text(collation="C"), "postgresql")
 
 
-REVISION = "0009"
+REVISION = "0010"
 """Latest revision in `migrations/versions`."""
 
 metadata = sa.MetaData()

@@ -286,7 +286,7 @@ class MistralEncoder:
         except ImportError as error:
             raise TokenizerError(
                 f"The tokenizer {source.name} requires sentencepiece: "
-                "pip install 'mistral-common[sentencepiece]'"
+                "pip install 'training-backends[tokens]'"
             ) from error
         self._tokens = self._training.instruct_tokenizer.tokenizer
         self.eos_id: int = self._tokens.eos_id

@@ -49,8 +49,10 @@ def _parsed(arguments: list[str]) -> "Namespace":
     working = commands.add_parser("work", help="train as one of several processes; see `launch`")
     working.add_argument("run_dir", type=Path)
     working.add_argument("parent", type=int, nargs="?", help="exit when this process has exited")
+    working.add_argument("--stored", help="URL of the run, if each process has its own directory")
     on_ray = commands.add_parser("ray", help="train on the Ray cluster that runs this")
-    on_ray.add_argument("run_dir", type=Path)
+    on_ray.add_argument("run_dir", help="its path, or its URL in an object store")
+    on_ray.add_argument("--scratch", help="directory of this node, for a run in an object store")
     on_ray.add_argument("--cpus", type=float, default=1.0, help="of each worker")
     on_ray.add_argument("--gpus", type=int, default=0, help="of each worker")
     on_ray.add_argument("--accelerator", help="Ray's name of the type of GPU")
@@ -89,7 +91,7 @@ def _other(given: "Namespace") -> int:
     if given.command == "work":
         from training_backends.trainer.process import work  # noqa: PLC0415
 
-        return int(work(given.run_dir, given.parent))
+        return int(work(given.run_dir, given.parent, given.stored))
     if given.command == "answer":
         return _answer(given.state, given.model, given.idle)
     if given.command == "track":

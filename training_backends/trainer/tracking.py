@@ -53,7 +53,7 @@ _ENDINGS: Final[Mapping[str, Literal["completed", "failed", "cancelled"]]] = {
 
 def start_tracking(run: RunDir) -> None:
     """Start the process that reports a run; it ends by itself after the run."""
-    with (run.path / "trackers.txt").open("ab") as log:
+    with run.trackers.open("ab") as log:
         process = subprocess.Popen(  # noqa: S603  # our own program and directory
             [sys.executable, "-P", "-m", "training_backends.trainer", "track", str(run.path)],
             stdin=subprocess.PIPE,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,30 @@ def finished(
 
 
 Finished = tuple[LocalBackend, TrainingRun, list[LogRecord]]
+
+
+async def test_a_finished_run_works_without_its_checkpoints_and_log(
+    finished: Finished, tmp_path: Path
+) -> None:
+    """Its model stays, and what is known of it; a repetition changes nothing."""
+    first, run, _ = finished
+    shutil.copytree(first._home, tmp_path / "home")
+    backend = LocalBackend(tmp_path / "home", program=[])
+    before = await backend.status(run)
+    seen = await backend.observe(run)
+    for _ in range(2):
+        await backend.remove_checkpoints(run, [10])
+        await backend.remove_log(run)
+    now = await backend.status(run)
+    assert [c.path is None for c in now.checkpoints or ()] == [True, False]
+    assert (now.status, now.result_model) == (before.status, before.result_model)
+    assert not (await backend.observe(run, after=seen.cursor)).records
+    left = {path.name for path in (tmp_path / "home" / "runs" / run.id).iterdir()}
+    assert not left & {"log.txt", "trackers.txt", "metrics.jsonl"}
+    assert (await backend.download(run, tmp_path / "model") / "config.json").is_file()
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        await backend.download_checkpoint(run, "step-10", tmp_path / "point")
+    await backend.delete(run)
 
 
 async def test_a_run_completes_with_its_result_and_checkpoints(finished: Finished) -> None:

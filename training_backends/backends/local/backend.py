@@ -2,7 +2,7 @@
 
 import shutil
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -89,6 +89,7 @@ from training_backends.core.run import (
 from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.core.status import TrainingStatus
 from training_backends.datasets.provider_formats import LOCAL
+from training_backends.rundir.checkpoints import remove_optimizer_state, step_of
 from training_backends.rundir.directory import ResultRecord, RunDir, RunSpec
 from training_backends.rundir.place import find_place, is_visible, make_place
 from training_backends.tokens.overlong import overlong_rows
@@ -255,7 +256,7 @@ class LocalBackend(TrainingBackend):
 
         spec = await to_thread.run_sync(build)
         with reporting_disk(run):
-            self._place = await to_thread.run_sync(make_place, self._home)
+            self._place = await to_thread.run_sync(self._make_place)
         await journal.record(
             RunState(status=TrainingStatus.PENDING, remote_id=run.id, place=self._place)
         )
@@ -328,6 +329,9 @@ class LocalBackend(TrainingBackend):
     def _here(self, state: RunState) -> RunState:
         return state.model_copy(update={"place": self._known_place()})
 
+    def _make_place(self) -> Place:
+        return make_place(self._home)
+
     def _known_place(self) -> Place | None:
         if self._place is None:
             self._place = find_place(self._home)
@@ -398,11 +402,17 @@ class LocalBackend(TrainingBackend):
         target = self._directory(new_run)
 
         async def copy() -> dict[str, int]:
-            step = await to_thread.run_sync(copy_checkpoint, run, source, target, checkpoint)
-            return {"step": step}
+            copying = partial(self._copy_checkpoint, run, source, target, checkpoint)
+            return {"step": await to_thread.run_sync(copying)}
 
         await journal.step("copy-checkpoint", copy, repeatable=True)
         return await self._start(new_run, journal, source)
+
+    def _copy_checkpoint(
+        self, run: TrainingRun, source: RunDir, target: RunDir, requested: str | None
+    ) -> int:
+        """Give a new run the checkpoint of another; return the step, 0 if none."""
+        return copy_checkpoint(run, source, target, requested)
 
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
         """List the runs that have a directory here."""
@@ -487,6 +497,34 @@ class LocalBackend(TrainingBackend):
         if self._warm is not None:
             self._warm.stop()
         shutil.rmtree(directory.path)
+
+    async def remove_checkpoints(self, run: TrainingRun, steps: Collection[int]) -> None:
+        """Remove directories of checkpoints, and optimizer state that a crash has left."""
+        directory = await to_thread.run_sync(self._existing, run)
+
+        def remove() -> None:
+            for path in directory.checkpoints.glob("step-*"):
+                if step_of(path) in steps:
+                    # A reader sees a complete checkpoint, or none.
+                    gone = path.rename(path.with_name(f".{path.name}.removed"))
+                    shutil.rmtree(gone)
+            for path in directory.checkpoints.glob(".step-*"):
+                shutil.rmtree(path)
+            record = directory.read_exit()
+            if record is not None and record.status == "completed":
+                remove_optimizer_state(directory)
+
+        await to_thread.run_sync(remove)
+
+    async def remove_log(self, run: TrainingRun) -> None:
+        """Remove the output of the processes and the metrics of the steps."""
+        directory = await to_thread.run_sync(self._existing, run)
+
+        def remove() -> None:
+            for path in (directory.log, directory.trackers, directory.metrics):
+                path.unlink(missing_ok=True)
+
+        await to_thread.run_sync(remove)
 
     async def health(self) -> Health:
         """Report whether the training libraries are installed."""
