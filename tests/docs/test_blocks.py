@@ -78,7 +78,10 @@ ELSEWHERE = {
         for database in ("", "-postgres")
     },
     "orchestrators.md": {"python": "tests/e2e/test_orchestrators.py"},
-    "other-clients.md": {"python": "tests/e2e/sdks.py"},
+    "other-clients.md": {
+        "dspy_finetune.py": "tests/e2e/test_orchestrators.py",
+        "python": "tests/e2e/sdks.py",
+    },
     "plugins.md": {"python": "tests/http/test_toolkit_page.py"},
     "testing.md": {"python": "tests/testing/test_conformance.py"},
     "trackers.md": {"yaml": "tests/trainer/test_tracking.py"},
