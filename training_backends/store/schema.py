@@ -42,7 +42,7 @@ def short_text(length: int) -> sa.String:
     return sa.String(length).with_variant(sa.Text(collation="C"), "postgresql")
 
 
-REVISION = "0010"
+REVISION = "0011"
 """Latest revision in `migrations/versions`."""
 
 metadata = sa.MetaData()

@@ -1,4 +1,4 @@
-"""Add what retention needs (uses, what is kept, periods of projects), and results to be copied."""
+"""Add what retention needs: the last use of jobs and files, what is kept, periods of projects."""
 
 import time
 
@@ -10,10 +10,6 @@ down_revision = "0009"
 
 _KEPT = ("has_run", "has_checkpoints", "has_logs")
 _INDEXES = ("gateway_jobs_with_run", "gateway_jobs_with_checkpoints", "gateway_jobs_with_logs")
-
-
-def _text(length: int) -> sa.String:
-    return sa.String(length).with_variant(sa.Text(collation="C"), "postgresql")
 
 
 def upgrade() -> None:
@@ -30,14 +26,6 @@ def upgrade() -> None:
         op.add_column("gateway_jobs", kept)
         columns, where = ["project", "status", "modified_at", "id"], sa.text(name)
         op.create_index(index, "gateway_jobs", columns, sqlite_where=where, postgresql_where=where)
-    run = sa.ForeignKey("runs.id", ondelete="CASCADE")
-    op.create_table(
-        "destinations",
-        sa.Column("run_id", _text(128), run, primary_key=True),
-        sa.Column("due_at", _text(40), nullable=False),
-        sa.Column("attempts", sa.Integer, nullable=False),
-    )
-    op.create_index("destinations_by_time", "destinations", ["due_at"])
     now = time.time()
     files = sa.table("gateway_files", sa.column("used_at"), sa.column("deleted_at"))
     op.execute(files.update().where(files.c.deleted_at.is_(None)).values(used_at=now))
