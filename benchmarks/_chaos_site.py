@@ -20,7 +20,6 @@ import httpx
 from anyio.abc import Process
 
 __all__ = [
-    "PROGRAM",
     "SITES",
     "BookedFile",
     "BookedJob",
@@ -32,7 +31,6 @@ __all__ = [
     "install_quick_backend",
 ]
 
-PROGRAM: Final = str(Path(sys.executable).with_name("training-backends"))
 _REPOSITORY: Final = Path(__file__).resolve().parents[1]
 _PASSED_ON: Final = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH")
 
@@ -115,6 +113,7 @@ class Server(ABC):
     Attributes:
         backend: Name of the client's backend for it.
         key: Its API key.
+        python: The interpreter that starts it and its clients.
         config: The configuration of a run, without backend and data, as YAML.
         create: Name of the requests that create a job.
         restarts: Whether it keeps its state when it is killed.
@@ -125,7 +124,8 @@ class Server(ABC):
     create: ClassVar[str] = "POST fine_tuning/jobs"
     restarts: ClassVar[bool] = False
 
-    def __init__(self, work: Path, name: str) -> None:
+    def __init__(self, work: Path, name: str, *, python: str = sys.executable) -> None:
+        self.python = python
         self._process: Process | None = None
         self._listens = anyio.Event()
         self.home = work / name
@@ -197,14 +197,17 @@ class Site(Server):
     config = "model: tiny-mistral\nhyperparameters:\n  training_steps: 2\n"
     restarts = True
 
-    def __init__(self, work: Path, name: str, *, backend: str = "quick") -> None:
-        super().__init__(work, name)
+    def __init__(
+        self, work: Path, name: str, *, python: str = sys.executable, backend: str = "quick"
+    ) -> None:
+        super().__init__(work, name, python=python)
         self._backend = backend
         self._environment["TRAINING_BACKENDS_GATEWAY__API_KEY"] = self.key
 
     @property
     def _command(self) -> Sequence[str]:
-        return [PROGRAM, "serve", "--backend", self._backend, "--port", "0", "--json"]
+        program = (self.python, "-m", "training_backends")
+        return [*program, "serve", "--backend", self._backend, "--port", "0", "--json"]
 
     async def books(self) -> Books:
         """Return what it has; trainings and contents of no job or file are left over."""
@@ -292,7 +295,7 @@ class HostedSite(Server):
 
     @property
     def _command(self) -> Sequence[str]:
-        return [sys.executable, "-m", "benchmarks._chaos_provider", self.wire]
+        return [self.python, "-m", "benchmarks._chaos_provider", self.wire]
 
     async def books(self) -> Books:
         """Return what it has."""
@@ -342,7 +345,7 @@ class TogetherSite(HostedSite):
     create = "POST fine-tunes"
 
 
-SITES: Final[Mapping[str, Callable[[Path, str], Server]]] = MappingProxyType(
+SITES: Final[Mapping[str, Callable[..., Server]]] = MappingProxyType(
     {"mistral": Site, "openai": OpenAISite, "azure": AzureSite, "together": TogetherSite}
 )
 """By the name of the wire."""

@@ -1,7 +1,7 @@
 """Launch runs under fault injection and count what goes wrong.
 
     python benchmarks/chaos.py [--backend mistral|openai|azure|together]
-        [--seed N] [--only KIND]... [--trial TEXT] [--jobs 2] [--few]
+        [--seed N] [--only KIND]... [--trial TEXT] [--python PATH] [--jobs 2] [--few]
 
 A trial is one run: `training-backends launch CONFIG --id ID --yes`, in its own home and through a
 proxy in front of a server, is repeated until it succeeds; then `wait` must report the run as
@@ -38,7 +38,6 @@ import anyio
 from benchmarks._chaos_plan import KINDS, Clean, Trial, few, planned
 from benchmarks._chaos_proxy import Proxy, Seen
 from benchmarks._chaos_site import (
-    PROGRAM,
     SITES,
     Server,
     Site,
@@ -148,9 +147,9 @@ class Run:
         settings = {f"{section}__{name}": value for name, value in _TIMEOUTS.items()}
         settings |= self._site.settings(self._proxy.url)
         settings["TRAINING_BACKENDS_LOG_LEVEL"] = "info"
-        program = [PROGRAM]
+        program = [self._site.python, "-m", "training_backends"]
         if write is not None:
-            program = [sys.executable, "-m", "benchmarks._chaos_power"]
+            program[-1] = "benchmarks._chaos_power"
             settings["CHAOS_WRITE"] = write
         self._commands += 1
         out = self.folder / f"{self._commands}.out"
@@ -326,8 +325,9 @@ async def _audit_site(site: Server, results: Sequence[Result]) -> list[tuple[Ver
 class Bench:
     """Runs trials concurrently and reports progress."""
 
-    def __init__(self, work: Path, wire: str, *, jobs: int) -> None:
+    def __init__(self, work: Path, wire: str, *, jobs: int, python: str) -> None:
         self._work = work
+        self._python = python
         self._wire = wire
         self._jobs = jobs
         self._began = time.monotonic()
@@ -342,7 +342,7 @@ class Bench:
         Raises:
             RuntimeError: The launch failed.
         """
-        site = SITES[self._wire](self._work, "clean")
+        site = SITES[self._wire](self._work, "clean", python=self._python)
         launches, waits = self._work / "launch-writes", self._work / "wait-writes"
         async with site.serving():
             trial = Trial(
@@ -361,9 +361,9 @@ class Bench:
         async with anyio.create_task_group() as tasks:
             for worker in range(min(self._jobs, len(trials))):
                 name = f"{group}-{worker}"
-                site = SITES[self._wire](self._work, name)
+                site = SITES[self._wire](self._work, name, python=self._python)
                 if group == "engine":
-                    site = Site(self._work, name, backend="local")
+                    site = Site(self._work, name, python=self._python, backend="local")
                 tasks.start_soon(self._work_through, waiting, site)
 
     async def _work_through(self, waiting: Iterator[Trial], site: Server) -> None:
@@ -434,7 +434,7 @@ def _row(name: str, results: Sequence[Result]) -> str:
 
 async def _bench(options: argparse.Namespace, work: Path) -> bool:
     install_quick_backend(work)
-    bench = Bench(work, options.backend, jobs=options.jobs)
+    bench = Bench(work, options.backend, jobs=options.jobs, python=options.python)
     clean = await bench.measure()
     print(
         f"A launch makes {len(clean.requests)} requests and writes to its store {clean.writes} "
@@ -473,6 +473,9 @@ def main() -> None:
         "--only", action="append", choices=KINDS, help="run only this kind of fault (repeatable)"
     )
     parser.add_argument("--trial", default="", help="run only trials whose name contains this text")
+    parser.add_argument(
+        "--python", default=sys.executable, help="interpreter that starts clients and servers"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="concurrent trials")
     parser.add_argument(
         "--few", action="store_true", help="run only a few trials, at the most critical points"

@@ -1,26 +1,34 @@
-"""Generate the parts of the documentation that come from the code.
+"""Generate the parts of the documentation that come from the code, and docs/llms.txt.
 
 Replaces the text between `<!-- generated: NAME -->` and `<!-- end -->` in each page and keeps
-the rest. `--check` changes nothing and exits with 1 if a page is out of date.
+the rest. `--check` changes nothing and exits with 1 if a page is out of date. `--site DIRECTORY`
+adds to a built site what only language models read: the sources of the pages and llms-full.txt.
 """
 
-import os
 import re
-import subprocess
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from api import api, methods, toolkit, types
+from llms import full_text, index
+from reference import OURS, capabilities, mistral_routes, openai_routes, settings
+from typer.testing import CliRunner
+
 from training_backends import backend_class, installed_backends
 from training_backends.cli.exit_codes import ExitCode
+from training_backends.cli.main import app
 from training_backends.core.config import TrainingConfig
 from training_backends.testing.conformance import BackendConformance
 from training_backends.testing.subject import Subject
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+LLMS = ROOT / "docs" / "llms.txt"
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -33,6 +41,7 @@ CAPABILITIES = {
     "downloads": "model download",
     "downloads_checkpoints": "download of any checkpoint",
     "samples": "generate",
+    "samples_chats": "generate from conversations",
     "deletes": "delete",
     "pauses": "pause",
     "lists_remote": "run listing",
@@ -112,10 +121,10 @@ def _listed(text: str) -> list[str]:
 
 
 def _help(*words: str) -> str:
-    command = [sys.executable, "-m", "training_backends", *words, "--help"]
-    environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return done.stdout.replace("python -m training_backends", "training-backends").strip()
+    done = CliRunner().invoke(
+        app, [*words, "--help"], prog_name="training-backends", terminal_width=98
+    )
+    return done.output.strip()
 
 
 def config_fields() -> str:
@@ -195,7 +204,15 @@ def _summary(documented: object) -> str:
 
 
 GENERATORS: dict[str, Callable[[], str]] = {
+    "api": api,
     "backends": backends,
+    "client-methods": methods,
+    "toolkit": toolkit,
+    "types": types,
+    "settings": settings,
+    "mistral-routes": mistral_routes,
+    "openai-routes": openai_routes,
+    **{f"capabilities-{name}": partial(capabilities, name) for name in sorted(OURS)},
     "commands": commands,
     "conformance-checks": conformance_checks,
     "conformance-hooks": conformance_hooks,
@@ -204,8 +221,18 @@ GENERATORS: dict[str, Callable[[], str]] = {
 }
 
 
+def complete(site: Path) -> None:
+    """Add the sources of the pages and llms-full.txt to a built site."""
+    for page in (ROOT / "docs").glob("*.md"):
+        shutil.copy(page, site)
+    (site / "llms-full.txt").write_text(full_text(), encoding="utf-8")
+
+
 def main() -> int:
     """Update or check all pages; return the exit code."""
+    if sys.argv[1:2] == ["--site"]:
+        complete(Path(sys.argv[2]))
+        return 0
     check = "--check" in sys.argv[1:]
     stale = []
     for page in PAGES:
@@ -215,6 +242,10 @@ def main() -> int:
             stale.append(page.relative_to(ROOT))
             if not check:
                 page.write_text(fresh, encoding="utf-8")
+    if not LLMS.exists() or LLMS.read_text(encoding="utf-8") != index():
+        stale.append(LLMS.relative_to(ROOT))
+        if not check:
+            LLMS.write_text(index(), encoding="utf-8")
     for page in stale:
         print(f"{page}: {'out of date; run python docs/generate.py' if check else 'updated'}")
     return 1 if check and stale else 0

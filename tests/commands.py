@@ -15,6 +15,7 @@ from typing import Any
 
 import structlog
 
+from tests.forking import Program
 from training_backends.core.redaction import forget_secrets
 
 __all__ = ["Done", "Run", "run_here", "run_process"]
@@ -38,11 +39,15 @@ Run = Callable[..., Done]
 
 
 def run_process(
-    arguments: tuple[str, ...], directory: Path, stdin: str, environment: Mapping[str, str]
+    program: Program,
+    arguments: tuple[str, ...],
+    directory: Path,
+    stdin: str,
+    environment: Mapping[str, str],
 ) -> Done:
     """Run `training-backends` in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "training_backends", *arguments],
+        [*program.command, *arguments],
         input=stdin,
         capture_output=True,
         text=True,

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+import structlog
 
-from tests.forking import Trainer
+from tests.forking import Program, Trainer
 from tests.plugins import Install, install_backend
 from tests.postgres import PgBouncer, Postgres, pgbouncer_program, programs
 from training_backends import TrainingConfig
@@ -108,10 +109,15 @@ def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_known_secrets() -> Iterator[None]:
-    """Have no test's secret taken out of the texts of another."""
+    """Have no test's secret taken out of the texts of another, nor its logging applied to it.
+
+    Structlog stays configured after `capture_logs` and after a command; its renderer would then
+    draw every traceback, which takes up to a second.
+    """
     forget_secrets()
     yield
     forget_secrets()
+    structlog.reset_defaults()
 
 
 @pytest.fixture
@@ -155,6 +161,14 @@ def remembered_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 def trainer() -> Iterator[Trainer]:
     """Start training processes that have torch loaded already."""
     server = Trainer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def program() -> Iterator[Program]:
+    """Start the command line, where the start of the interpreter is not what is tested."""
+    server = Program()
     yield server
     server.close()
 

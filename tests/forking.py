@@ -1,73 +1,120 @@
-"""A server that forks training processes with torch loaded, which takes seconds each time.
+"""Servers that fork processes with modules loaded, which takes seconds each time.
 
-`forking.py SOCKET …` does what `python …` does for the trainer's commands and for `-c`, in a
-process that the server forks, with the streams, the directory and the environment of the caller.
-Not for what libraries read from the environment when they are loaded, such as the address of the
-Hub, nor for 4-bit models.
+`forking.py SOCKET …` does what `python …` does, in a process that the server forks, with the
+streams, the directory and the environment of the caller. Not for what libraries read from the
+environment when they are loaded, such as the address of the Hub, nor for 4-bit models.
+
+A `Trainer` has torch loaded, for the trainer's commands and for `-c`. What it starts outlives its
+caller. A `Program` has the command line loaded, for `-m` and for scripts. What it starts gets its
+caller's Ctrl-C and SIGTERM, and is killed with it. It is no child of the caller's, though, nor in
+its session: tests of those use a process of their own.
 """
 
 import json
 import os
-import shlex
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # a caller loads as little as possible
+    from pathlib import Path
+
     from training_backends.rundir.directory import RunDir
 
-__all__ = ["Trainer"]
+__all__ = ["ForkServer", "Program", "Trainer"]
 
 TRAINER = ("-P", "-m", "training_backends.trainer")
 
 
 def ask(address: str, arguments: Sequence[str]) -> socket.socket:
     """Have a process forked; the answer is a line with its id, later one with its exit code."""
-    asked = {"arguments": arguments, "directory": str(Path.cwd()), "environment": dict(os.environ)}
+    asked = {
+        "arguments": arguments,
+        "directory": os.getcwd(),  # noqa: PTH109  # pathlib takes long to load
+        "environment": dict(os.environ),
+    }
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(address)
-    socket.send_fds(connection, [json.dumps(asked).encode()], [0, 1, 2])
-    connection.shutdown(socket.SHUT_WR)
+    socket.send_fds(connection, [json.dumps(asked).encode() + b"\n"], [0, 1, 2])
     return connection
 
 
-class Trainer:
-    """Trains one run after the other, each in a process that can be killed."""
+class ForkServer:
+    """Forks a process for each call of its interpreter."""
+
+    loads: str
+    """The function that loads the modules."""
 
     def __init__(self) -> None:
+        import subprocess  # noqa: PLC0415
+        import tempfile  # noqa: PLC0415
+
         self._directory = tempfile.TemporaryDirectory()
         self.address: str = f"{self._directory.name}/socket"
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(self.address)
             listener.listen()
             self._server = subprocess.Popen(
-                [sys.executable, "-P", __file__, "--serve", str(listener.fileno())],
+                [sys.executable, "-P", __file__, "--serve", str(listener.fileno()), self.loads],
                 stdin=subprocess.PIPE,
                 pass_fds=[listener.fileno()],
             )
-        self._pid: int | None = None
 
     @property
-    def python(self) -> Path:
-        """An interpreter for the setting `local.python`."""
+    def python(self) -> "Path":
+        """An interpreter, as a program."""
+        import shlex  # noqa: PLC0415
+        from pathlib import Path  # noqa: PLC0415
+
         program = Path(self._directory.name, "bin", "python")
         if not program.exists():
             program.parent.mkdir()
-            words = shlex.join([sys.executable, "-I", "-S", __file__, self.address])
+            words = shlex.join(self._words)
             program.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
             program.chmod(0o755)
         return program
 
     @property
+    def _words(self) -> tuple[str, ...]:
+        return (sys.executable, "-I", "-S", __file__, self.address)
+
+    def close(self) -> None:
+        """End the server."""
+        self._server.communicate()
+        self._directory.cleanup()
+
+
+class Program(ForkServer):
+    """Runs the command line, and scripts that import the package."""
+
+    loads = "load_program"
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """What `training-backends` is, without its arguments."""
+        return (*self._words, "-m", "training_backends")
+
+    @property
+    def _words(self) -> tuple[str, ...]:
+        return (*super()._words, "--attached")
+
+
+class Trainer(ForkServer):
+    """Trains one run after the other, each in a process that can be killed."""
+
+    loads = "load_trainer"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pid: int | None = None
+
+    @property
     def program(self) -> tuple[str, ...]:
         """The command that trains a directory in a forked process, but for the directory."""
-        return (sys.executable, "-I", "-S", __file__, self.address, *TRAINER, "train")
+        return (*self._words, *TRAINER, "train")
 
     @property
     def worker(self) -> tuple[str, ...]:
@@ -93,30 +140,56 @@ class Trainer:
         """End the server, and what a test that failed has left."""
         if self._pid is not None:
             os.killpg(self._pid, signal.SIGKILL)
-        self._server.communicate()
-        self._directory.cleanup()
+        super().close()
 
 
-def serve(listener: socket.socket) -> None:
-    """Fork a process for each request until standard input ends."""
-    import gc  # noqa: PLC0415  # a caller loads none of these
-    import select  # noqa: PLC0415
+def load_trainer() -> None:
+    """Load torch and what each process would prepare again."""
+    import tempfile  # noqa: PLC0415  # a caller loads none of these
 
     from training_backends.trainer.environment import importing  # noqa: PLC0415
 
     with importing("tiny-mistral"):
+        import peft  # noqa: PLC0415, F401
+
         import training_backends.trainer.run  # noqa: PLC0415, F401
         from training_backends.trainer.models import make_tiny_model  # noqa: PLC0415
 
-    # What each process would do again: what transformers prepares for the first model that it
-    # saves, and the search of all modules for garbage.
+    # What transformers prepares for the first model that it saves.
     with tempfile.TemporaryDirectory() as directory:
         make_tiny_model(0).save_pretrained(directory)
+
+
+def load_program() -> None:
+    """Load the command line, the backends and the gateway."""
+    from importlib import import_module  # noqa: PLC0415
+
+    for name in (
+        "cli.main",
+        "client.client",
+        "backends.local.backend",
+        "backends.mistral.backend",
+        "backends.openai.backend",
+        "backends.together.backend",
+        "gateway.server",
+        "testing.backend",
+    ):
+        import_module(f"training_backends.{name}")
+
+
+def serve(listener: socket.socket, load: str) -> None:
+    """Fork a process for each request until standard input ends."""
+    import gc  # noqa: PLC0415  # a caller loads none of these
+    import select  # noqa: PLC0415
+
+    globals()[load]()
     gc.collect()
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while 0 not in select.select([listener.fileno(), 0], [], [])[0]:
         connection, _ = listener.accept()
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
         if os.fork() == 0:
             listener.close()
             try:
@@ -128,23 +201,39 @@ def serve(listener: socket.socket) -> None:
 
 def answer(connection: socket.socket) -> None:
     """Fork the process of a request, wait for it, and report it."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    import threading  # noqa: PLC0415
+
     message, streams, _, _ = socket.recv_fds(connection, 2**16, 3)
-    while more := connection.recv(2**16):
-        message += more
+    while not message.endswith(b"\n"):
+        message += connection.recv(2**16)
+    asked = json.loads(message)
     if (child := os.fork()) == 0:
         connection.close()
-        become(json.loads(message), streams)
+        become(asked, streams)
     for stream in streams:
         os.close(stream)
     connection.sendall(f"{child}\n".encode())
+
+    ended = threading.Event()
+
+    def follow_caller() -> None:
+        with suppress(OSError):
+            connection.recv(1)  # nothing, when the caller is gone
+        if not ended.is_set():
+            os.kill(child, signal.SIGKILL)
+
+    if asked["arguments"][0] == "--attached":
+        threading.Thread(target=follow_caller, daemon=True).start()
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    ended.set()
     _, status = os.waitpid(child, 0)
     with suppress(OSError):  # the caller was killed
         connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
-def become(asked: dict[str, object], streams: Sequence[int]) -> None:
+def become(asked: Mapping[str, object], streams: Sequence[int]) -> None:
     """Be the process of a request, to its end."""
+    import atexit  # noqa: PLC0415
     import traceback  # noqa: PLC0415
 
     code = 1
@@ -157,9 +246,12 @@ def become(asked: dict[str, object], streams: Sequence[int]) -> None:
         os.environ.clear()
         os.environ.update(asked["environment"])  # type: ignore[call-overload]
         code = run(asked["arguments"])  # type: ignore[arg-type]
+    except SystemExit as end:
+        code = int(end.code or 0)
     except BaseException:  # as the interpreter does
         traceback.print_exc()
     finally:
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -167,6 +259,10 @@ def become(asked: dict[str, object], streams: Sequence[int]) -> None:
 
 def run(arguments: list[str]) -> int:
     """Do what an interpreter does with its arguments; return the exit code."""
+    if arguments[0] == "--attached":
+        start_program(arguments[1:])
+        return 0
+
     from training_backends.trainer.__main__ import main  # noqa: PLC0415
 
     if arguments[:3] == [*TRAINER]:
@@ -180,9 +276,53 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
+def start_program(arguments: list[str]) -> None:
+    """Run a module or a script with what an interpreter takes from its environment."""
+    import runpy  # noqa: PLC0415
+    import tempfile  # noqa: PLC0415
+    import warnings  # noqa: PLC0415
+
+    unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    for number, name, lines in ((1, "stdout", os.isatty(1)), (2, "stderr", True)):
+        stream = open(  # noqa: SIM115
+            number,
+            "w",
+            1 if lines or unbuffered else -1,
+            "utf-8",
+            "backslashreplace",
+            closefd=False,
+        )
+        setattr(sys, name, stream)
+    for action in filter(None, os.environ.get("PYTHONWARNINGS", "").split(",")):
+        warnings.simplefilter(action)  # type: ignore[arg-type]
+    tempfile.tempdir = None
+    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    if arguments[0] == "-m":
+        sys.path.insert(0, "")
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def call(address: str, arguments: Sequence[str]) -> int:
+    """Have a process forked and wait for it; return its exit code, or minus its signal."""
+    answers = ask(address, arguments).makefile()
+    child = int(answers.readline())
+    if arguments[0] == "--attached":
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, lambda number, _: os.kill(child, number))
+    return int(answers.readline())
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
-        serve(socket.socket(fileno=int(sys.argv[2])))
+        serve(socket.socket(fileno=int(sys.argv[2])), sys.argv[3])
+    elif (code := call(sys.argv[1], sys.argv[2:])) < 0:
+        with suppress(OSError):  # of SIGKILL
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
     else:
-        pid, code = ask(sys.argv[1], sys.argv[2:]).makefile().read().split()
-        sys.exit(int(code))
+        sys.exit(code)

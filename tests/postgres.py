@@ -54,6 +54,14 @@ class Postgres:
         version: As the server tells it.
     """
 
+    def __init__(self, kept: Path | None = None) -> None:
+        """Set it up.
+
+        Args:
+            kept: Directory of its data, which stays for the next server; None: a temporary one.
+        """
+        self._kept = kept
+
     def __enter__(self) -> Self:
         found = programs()
         assert found is not None
@@ -64,6 +72,17 @@ class Postgres:
         if os.getuid() == 0:
             # It refuses to run as root; the package has made a user for it.
             shutil.chown(self.directory, "postgres")
+        self._data = self._kept or self.directory / "data"
+        if self._data.exists():
+            self.start()
+        else:
+            self._initialize()
+        return self
+
+    def _initialize(self) -> None:
+        self._data.mkdir()
+        if os.getuid() == 0:
+            shutil.chown(self._data, "postgres")
         # With an order of texts that is not that of their code points, where it has one of its own.
         order = ["--locale-provider=icu", "--icu-locale=und"] if _number(self.version) >= 15 else []
         self._done(
@@ -75,7 +94,6 @@ class Postgres:
         self.start()
         self.execute(f"CREATE ROLE guest SUPERUSER LOGIN PASSWORD '{PASSWORD}'")
         self.execute("CREATE ROLE reader LOGIN")
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.stop()
@@ -112,8 +130,11 @@ class Postgres:
 
     def new_url(self) -> str:
         """Return the URL of a place of its own, with nothing in it."""
-        schema = f"s{next(self._numbers)}"
-        self.execute(f"CREATE SCHEMA {schema}")
+        return self.place(f"s{next(self._numbers)}")
+
+    def place(self, schema: str) -> str:
+        """Return the URL of a schema, which is created unless it exists."""
+        self.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
         return self.url(schema)
 
     def execute(self, statement: str) -> list[object]:
@@ -121,10 +142,6 @@ class Postgres:
         with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             done = connection.exec_driver_sql(statement)
             return list(done.scalars()) if done.returns_rows else []
-
-    @property
-    def _data(self) -> Path:
-        return self.directory / "data"
 
     def _answers(self) -> bool:
         assert self._server.poll() is None, "the server has ended"

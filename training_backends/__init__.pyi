@@ -75,11 +75,13 @@ from .core.logging import configure_logs as configure_logs
 from .core.plugins import installed_backends as installed_backends
 from .core.registry import backend_class as backend_class
 from .core.run import (
+    ChatMessage as ChatMessage,
     Checkpoint as Checkpoint,
     Failure as Failure,
     LogRecord as LogRecord,
     Observation as Observation,
     Place as Place,
+    Prompt as Prompt,
     Reply as Reply,
     RunFailed as RunFailed,
     RunState as RunState,

@@ -72,6 +72,7 @@ from .core.persist import (
     settle as settle,
 )
 from .core.run import (
+    ChatMessage as ChatMessage,
     Checkpoint as Checkpoint,
     CleanText as CleanText,
     Failure as Failure,
@@ -79,6 +80,7 @@ from .core.run import (
     LogRecord as LogRecord,
     LogSource as LogSource,
     Observation as Observation,
+    Prompt as Prompt,
     Reply as Reply,
     RunState as RunState,
     TrainingRun as TrainingRun,

@@ -5,6 +5,7 @@ from typing import ClassVar, Self
 import anyio.lowlevel
 
 from training_backends import BackendContext, Reply, TrainingRun
+from training_backends.core.run import Prompt
 from training_backends.testing.backend import ScriptedBackend
 
 __all__ = ["AnsweringBackend"]
@@ -27,9 +28,11 @@ class AnsweringBackend(ScriptedBackend):
         assert isinstance(cls.shared, cls)
         return cls.shared
 
-    async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
-        """Return the answer to a prompt."""
+    async def sample(self, run: TrainingRun, prompt: Prompt, *, max_tokens: int = 64) -> Reply:
+        """Return the answer to a prompt; of a conversation, to its messages in one line each."""
         del run, max_tokens
+        if not isinstance(prompt, str):
+            prompt = "\n".join(f"{each['role']}: {each['content']}" for each in prompt)
         for _ in range(20 - len(prompt)):  # longer prompts are answered first
             await anyio.lowlevel.checkpoint()
         return self.replies[prompt]

@@ -11,6 +11,7 @@ import pytest
 from tests.cli.answering import AnsweringBackend
 from tests.commands import Done, Run, run_here
 from tests.commands import run_process as run_in_process
+from tests.forking import Program
 from tests.waiting import wait_until
 
 
@@ -38,12 +39,12 @@ def run(tmp_path: Path) -> Run:
 
 
 @pytest.fixture
-def run_process(tmp_path: Path) -> Run:
+def run_process(tmp_path: Path, program: Program) -> Run:
     """Run it in a process of its own: for several at once, and for what only a process has."""
 
     def run(*arguments: str, stdin: str = "", **environment: str) -> Done:
         home = {"HOME": str(tmp_path), **environment}
-        return run_in_process(arguments, tmp_path, stdin, home)
+        return run_in_process(program, arguments, tmp_path, stdin, home)
 
     return run
 

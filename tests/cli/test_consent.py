@@ -3,13 +3,13 @@
 import os
 import pty
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import read_until
 from tests.commands import Run
+from tests.forking import Program
 from tests.plugins import Install
 
 PLUGIN = """
@@ -62,12 +62,12 @@ def test_an_unknown_price_needs_consent_whatever_the_budget(
 
 
 def test_an_unknown_price_is_asked_about_on_a_terminal(
-    run: Run, config: str, tmp_path: Path
+    run: Run, config: str, tmp_path: Path, program: Program
 ) -> None:
     """The question says that the budget cannot be checked; a no launches nothing."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "training_backends", "launch", config, LIMIT],
+        [*program.command, "launch", config, LIMIT],
         stdin=theirs,
         stdout=subprocess.DEVNULL,
         stderr=theirs,

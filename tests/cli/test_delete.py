@@ -3,7 +3,6 @@
 import os
 import pty
 import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from tests.cli.conftest import read_until
 from tests.commands import Run
+from tests.forking import Program
 from training_backends import TrainingConfig, TrainingRun, TrainingStatus
 from training_backends.core.run import utc_now
 from training_backends.store import RunStore
@@ -98,16 +98,14 @@ def test_a_run_that_cannot_be_deleted_does_not_keep_the_others(run: Run, store: 
     assert kept(store) == {"old-failed", "new-failed", "live"}
 
 
-def test_a_terminal_is_asked_once(store: RunStore, tmp_path: Path) -> None:
+def test_a_terminal_is_asked_once(store: RunStore, tmp_path: Path, program: Program) -> None:
     """After a list of the runs with the disk space that they take up."""
     directory = tmp_path / "home" / "runs" / "old-done"
     directory.mkdir(parents=True)
     (directory / "model").write_bytes(b"m" * 100_000)
     terminal, theirs = pty.openpty()
     words = ["delete", "--older-than", "30d"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "training_backends", *words], stdin=theirs, stderr=theirs
-    )
+    process = subprocess.Popen([*program.command, *words], stdin=theirs, stderr=theirs)
     os.close(theirs)
     try:
         asked = read_until(terminal, "[y/N]")

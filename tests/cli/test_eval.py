@@ -33,7 +33,7 @@ def asked(tmp_path: Path, answering: AnsweringBackend) -> AnsweringBackend:
         chat("two", "second answer"),
         {"prompt": "three", "completion": "3"},
         {"prompt": [{"role": "user", "content": "four"}], "completion": "4"},
-        chat("five", "5", system="Count."),
+        {"messages": [*chat("six", "6")["messages"], {"role": "user", "content": "and?"}]},
     ]
     write(tmp_path / "test.jsonl", *rows)
     write(
@@ -59,7 +59,7 @@ def write(path: Path, *rows: Any) -> None:
 
 
 def test_answers_are_compared_with_the_data(run: Run) -> None:
-    """White space does not count; a row with a system prompt cannot be asked."""
+    """White space does not count; a row without an answer to the last message is skipped."""
     done = run("eval", "r", "test.jsonl", "--json")
     assert done.document == {
         "run": "r",
@@ -91,6 +91,39 @@ def test_each_answer_is_written(run: Run, tmp_path: Path) -> None:
         "answer": "  second\n answer ",
         "score": 1.0,
     }
+
+
+def test_the_last_answer_of_a_conversation_is_compared(
+    run: Run, tmp_path: Path, asked: AnsweringBackend
+) -> None:
+    """The model gets what came before it, as it is in the data."""
+    first = [*chat("one", "1", system="Count.")["messages"], *chat("and?", "2")["messages"]]
+    write(tmp_path / "talk.jsonl", {"messages": first}, chat("five", "5", developer="Count."))
+    asked.replies["system: Count.\nuser: one\nassistant: 1\nuser: and?"] = Reply(answer="2")
+    asked.replies["system: Count.\nuser: five"] = Reply(answer="6")
+    done = run("eval", "r", "talk.jsonl", "--json", "--output", "out.jsonl")
+    assert (done.document["score"], done.document["skipped"]) == (0.5, 0)
+    row = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+    assert (row["prompt"], row["messages"], row["expected"]) == ("and?", first[:-1], "2")
+
+
+def test_a_row_that_is_more_than_text_is_skipped(run: Run, tmp_path: Path) -> None:
+    """With tools or images, the answer would be another one."""
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    image = [{"type": "image_url", "image_url": "https://a/b.png"}]
+    picture = {"messages": [{"role": "user", "content": image}, *chat("", "2")["messages"][1:]]}
+    write(tmp_path / "rich.jsonl", chat("one", "1"), {**chat("one", "1"), "tools": [tool]}, picture)
+    assert run("eval", "r", "rich.jsonl", "--json").document["skipped"] == 2
+
+
+def test_a_backend_for_single_messages_is_asked_no_conversations(
+    run: Run, tmp_path: Path, asked: AnsweringBackend
+) -> None:
+    """Its answer to the last message alone would be to another question."""
+    asked._capabilities = asked.capabilities.model_copy(update={"samples_chats": False})
+    write(tmp_path / "talk.jsonl", chat("two", "second answer"), chat("two", "2", system="Count."))
+    found = run("eval", "r", "talk.jsonl", "--json").document
+    assert (found["rows"], found["skipped"], found["score"]) == (1, 1, 1)
 
 
 def test_labels_of_a_classifier_are_compared(run: Run) -> None:

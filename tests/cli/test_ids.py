@@ -4,7 +4,6 @@ import json
 import os
 import pty
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import read_until
+from tests.forking import Program
 from training_backends import Checkpoint, RunNotFound, TrainingConfig, TrainingRun, TrainingStatus
 from training_backends.core.run import utc_now
 from training_backends.store import RunStore
@@ -81,11 +81,11 @@ def test_delete_without_a_terminal_needs_yes(run: Run, store: RunStore) -> None:
 
 
 @pytest.mark.parametrize("answer", ["y", "n"])
-def test_delete_on_a_terminal_asks(store: RunStore, answer: str) -> None:
+def test_delete_on_a_terminal_asks(store: RunStore, answer: str, program: Program) -> None:
     """The question names the complete id and what goes with it."""
     terminal, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "training_backends", "delete", "exp-1", "--json"],
+        [*program.command, "delete", "exp-1", "--json"],
         stdin=theirs,
         stdout=subprocess.PIPE,
         stderr=theirs,

@@ -5,7 +5,6 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import read_until
+from tests.forking import Program
 from tests.plugins import Install
 
 Run = Any
@@ -141,12 +141,14 @@ def test_checkpoints_are_listed_with_the_id_that_resume_takes(run: Run) -> None:
     assert "train_loss 1.5" in run("checkpoints", "mine").out
 
 
-def test_a_terminal_shows_the_status_until_the_run_has_finished(run: Run, tmp_path: Path) -> None:
+def test_a_terminal_shows_the_status_until_the_run_has_finished(
+    run: Run, tmp_path: Path, program: Program
+) -> None:
     """The view is redrawn in place and ends by itself."""
     run("launch", "run.yaml", "--id=mine")
     terminal, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "training_backends", "status", "mine", "--watch"],
+        [*program.command, "status", "mine", "--watch"],
         stdout=theirs,
         stderr=theirs,
         cwd=tmp_path,
@@ -164,10 +166,12 @@ def test_a_terminal_shows_the_status_until_the_run_has_finished(run: Run, tmp_pa
 
 
 @contextmanager
-def started(directory: Path, *arguments: str) -> "Iterator[subprocess.Popen[str]]":
+def started(
+    program: Program, directory: Path, *arguments: str
+) -> "Iterator[subprocess.Popen[str]]":
     """Start a command whose runs do not end."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "training_backends", *arguments],
+        [*program.command, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -190,13 +194,17 @@ def started(directory: Path, *arguments: str) -> "Iterator[subprocess.Popen[str]
     ],
 )
 def test_ctrl_c_says_how_to_follow_and_stop(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Sequence[str]
+    run: Run,
+    tmp_path: Path,
+    program: Program,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Sequence[str],
 ) -> None:
     """Exit code 130; the run keeps running."""
     monkeypatch.setenv("HOLD", "1")
     if command[0] != "launch":
         run("launch", "run.yaml", "--id=mine")
-    with started(tmp_path, *command) as process:
+    with started(program, tmp_path, *command) as process:
         stream = process.stderr if command[0] == "wait" else process.stdout
         assert stream is not None
         stream.readline()
@@ -209,10 +217,10 @@ def test_ctrl_c_says_how_to_follow_and_stop(
     assert run("status", "mine", "--json").document["status"] == "running"
 
 
-def test_a_list_is_watched_until_ctrl_c(run: Run, tmp_path: Path) -> None:
+def test_a_list_is_watched_until_ctrl_c(run: Run, tmp_path: Path, program: Program) -> None:
     """Each run and each change is a JSON line."""
     run("launch", "run.yaml", "--id=mine")
-    with started(tmp_path, "list", "--watch", "--json") as process:
+    with started(program, tmp_path, "list", "--watch", "--json") as process:
         assert process.stdout is not None
         seen = [json.loads(process.stdout.readline())]
         while seen[-1]["status"] != "completed":

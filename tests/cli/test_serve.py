@@ -5,19 +5,22 @@ import os
 import signal
 import ssl
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.forking import Program
+
 pytestmark = pytest.mark.e2e
 
 Run = Any
 
 
-def test_a_key_that_another_process_revokes_stops_at_once(run: Run, tmp_path: Path) -> None:
+def test_a_key_that_another_process_revokes_stops_at_once(
+    run: Run, tmp_path: Path, program: Program
+) -> None:
     """Over https, as a server in another process serves it."""
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     make = (
@@ -27,7 +30,7 @@ def test_a_key_that_another_process_revokes_stops_at_once(run: Run, tmp_path: Pa
     subprocess.run([*make.split(), *names], check=True, capture_output=True, timeout=60)
     made = run("keys", "create", "--json").document
     files = ("--tls-cert", str(cert), "--tls-key", str(key))
-    command = [sys.executable, "-m", "training_backends", "serve", "--port", "0", "--json", *files]
+    command = [*program.command, "serve", "--port", "0", "--json", *files]
     trusting = ssl.create_default_context(cafile=cert)
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as server,

@@ -18,6 +18,7 @@ from training_backends import (
     BackendUnavailable,
     BudgetExceeded,
     Capabilities,
+    ChatMessage,
     ChatTemplate,
     ConfigError,
     DatasetError,
@@ -387,6 +388,33 @@ async def test_a_running_run_is_not_resumed(
     run = await client.launch(make_config(), backend="scripted")
     with pytest.raises(UnsupportedOperation, match="running"):
         await client.resume(run.id)
+
+
+async def test_a_model_is_asked_with_a_conversation(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """If its backend takes one; a single message is asked by any."""
+    run = await client.launch(make_config(), backend="scripted")
+    backend.finish(str(run.remote_id))
+    first: ChatMessage = {"role": "system", "content": "Be brief."}
+    last: ChatMessage = {"role": "user", "content": "hello"}
+    assert (await client.sample(run.id, [first, last])).answer == "hello"
+    backend._capabilities = backend.capabilities.model_copy(update={"samples_chats": False})
+    assert (await client.sample(run.id, [last])).answer == "hello"
+    with pytest.raises(UnsupportedOperation, match="conversation"):
+        await client.sample(run.id, [first, last])
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [[], [{"role": "robot", "content": "hi"}], [{"role": "assistant", "content": "hi"}], 5],
+)
+async def test_a_malformed_conversation_is_a_value_error(
+    client: AsyncTrainingClient, prompt: Any
+) -> None:
+    """Before the run is looked up."""
+    with pytest.raises(ValueError, match="prompt"):
+        await client.sample("none", prompt)
 
 
 async def test_only_a_completed_run_is_downloaded_or_asked(

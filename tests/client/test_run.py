@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from unittest.mock import Mock
 
 import anyio
 import pytest
@@ -12,14 +13,17 @@ from training_backends import (
     AsyncTrainingClient,
     BackendUnavailable,
     Failure,
+    LogRecord,
     RunFailed,
     RunNotFound,
     TrainingClient,
+    TrainingConfig,
     TrainingRun,
     TrainingStatus,
     UnsupportedOperation,
     run_id_from,
 )
+from training_backends.client.notebook import NotebookProgress
 from training_backends.core.capabilities import Capabilities
 from training_backends.core.run import RUN_ID_PATTERN
 from training_backends.testing.backend import ScriptedBackend
@@ -232,6 +236,36 @@ async def test_a_run_that_somebody_stopped_stays_stopped(
     assert len(backend.created) == 1
 
 
+async def test_without_following_it_returns_the_newest_run(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """Who waits elsewhere repeats the call: it resumes a finished run, returns it or raises."""
+
+    async def step() -> TrainingRun:
+        return await client.run(make_config(), backend="scripted", run_id="mine", follow=False)
+
+    assert (await step()).id == "mine"
+    await _fail(backend, 1)
+    await client.wait("mine")
+    assert [(await step()).id, (await step()).id] == ["mine-r1", "mine-r1"]
+    backend.finish(backend.created[1])
+    await client.wait("mine-r1")
+    assert (await step()).status is TrainingStatus.COMPLETED
+    assert len(backend.created) == 2
+
+
+async def test_a_stop_may_leave_the_run_to_be_resumed(
+    client: AsyncTrainingClient, backend: ScriptedBackend, make_config: MakeConfig
+) -> None:
+    """For orchestrators that tell of a killed task by a call, not by cancelling one."""
+    await client.launch(make_config(), backend="scripted", run_id="mine")
+    await client.stop("mine", resumable=True)
+    backend.say(backend.created[0], TrainingStatus.CANCELLED)
+    await client.wait("mine")
+    run = await client.run(make_config(), backend="scripted", run_id="mine", follow=False)
+    assert (run.id, run.resumed_from) == ("mine-r1", "mine")
+
+
 async def test_a_backend_that_cannot_resume_ends_with_the_first_failure(
     make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -298,6 +332,23 @@ def test_the_synchronous_client_has_it_too(
         backend.finish(backend.created[0])
         run = client.run(make_config(), backend="scripted", run_id="mine")
     assert run.status is TrainingStatus.COMPLETED
+
+
+def test_the_progress_of_a_long_run_stays_small() -> None:
+    """One display, however many steps; what a notebook stores does not grow with them."""
+    display = Mock()
+    progress = NotebookProgress(display)
+    run = TrainingRun(id="a", backend="scripted", config=TrainingConfig(model="m"))
+    for step in range(50_000):
+        fields = {"train_loss": 1 / (step + 1)}
+        progress.is_due(
+            LogRecord(message="", source="metrics", step=step, fields=fields, cursor=f"{step}")
+        )
+    progress.show(run)
+    progress.show(run)
+    display.assert_called_once()
+    (shown,) = display.return_value.update.call_args.args
+    assert 100 < shown._repr_html_().count(",") < 500
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from hypothesis import strategies as st
@@ -30,6 +31,10 @@ json_values: st.SearchStrategy[Any] = st.recursive(
 labels = st.dictionaries(
     names, texts | st.lists(texts, min_size=1, max_size=2, unique=True), min_size=1, max_size=2
 )
+_ASCII = st.characters(max_codepoint=127)
+_ARGUMENTS = st.dictionaries(names, json_values, max_size=2)
+_RESULTS = st.text("ab", max_size=5)
+_ANSWERS = st.lists(texts, min_size=2, max_size=2, unique=True)
 
 
 def line(row: object, *, ascii_only: bool = False) -> bytes:
@@ -37,39 +42,62 @@ def line(row: object, *, ascii_only: bool = False) -> bytes:
     return json.dumps(row, ensure_ascii=ascii_only).encode()
 
 
-def images(provider_format: ProviderFormat) -> st.SearchStrategy[Any]:
+# Strategies are kept: to make and to check one takes longer than to draw from it.
+
+
+@cache
+def _images(
+    schemes: tuple[str, ...], types: tuple[str, ...], *, bare: bool
+) -> st.SearchStrategy[Any]:
     """Make addresses of images, as an object or as a bare string where that is taken."""
-    data = st.tuples(
-        st.sampled_from(provider_format.image_types), st.binary(min_size=1, max_size=9)
-    ).map(lambda made: f"data:image/{made[0]};base64,{base64.b64encode(made[1]).decode()}")
-    made = [data] if "data" in provider_format.image_schemes else []
+    data = st.tuples(st.sampled_from(types), st.binary(min_size=1, max_size=9)).map(
+        lambda made: f"data:image/{made[0]};base64,{base64.b64encode(made[1]).decode()}"
+    )
+    made = [data] if "data" in schemes else []
     made += [
         names.map(f"{scheme}://example.org/{{}}.png".format)
-        for scheme in provider_format.image_schemes
+        for scheme in schemes
         if scheme != "data"
     ]
     urls = st.one_of(made)
     as_object = st.fixed_dictionaries(
         {"url": urls}, optional={"detail": st.sampled_from(["auto", "low", "high"])}
     )
-    return as_object | urls if provider_format.bare_image else as_object
+    return as_object | urls if bare else as_object
+
+
+_TEXT_PART = texts.map(lambda one: {"type": "text", "text": one})
+_PARTS = st.lists(_TEXT_PART, min_size=1, max_size=2)
+_CONTENTS: st.SearchStrategy[Any] = st.one_of(texts, texts, _PARTS)
+
+
+@cache
+def _contents_with_images(
+    schemes: tuple[str, ...], types: tuple[str, ...], *, bare: bool
+) -> st.SearchStrategy[Any]:
+    image = _images(schemes, types, bare=bare).map(
+        lambda one: {"type": "image_url", "image_url": one}
+    )
+    return st.one_of(texts, texts, _PARTS | st.tuples(_TEXT_PART, image).map(list))
 
 
 def contents(provider_format: ProviderFormat, role: Role) -> st.SearchStrategy[Any]:
     """Make the content of one message."""
-    text = texts.map(lambda one: {"type": "text", "text": one})
-    parts: st.SearchStrategy[Any] = st.lists(text, min_size=1, max_size=2)
-    if "image_url" in provider_format.parts[role]:
-        image = images(provider_format).map(lambda one: {"type": "image_url", "image_url": one})
-        parts |= st.tuples(text, image).map(list)
-    return st.one_of(texts, texts, parts)
+    if "image_url" not in provider_format.parts[role]:
+        return _CONTENTS
+    return _contents_with_images(
+        provider_format.image_schemes, provider_format.image_types, bare=provider_format.bare_image
+    )
 
 
-def call_ids(provider_format: ProviderFormat) -> st.SearchStrategy[str]:
-    """Make ids of tool calls."""
-    if provider_format.call_id is None:
-        return names.map("call_{}".format)
-    return st.from_regex(re.compile(provider_format.call_id, re.ASCII), fullmatch=True)
+@cache
+def call_ids(pattern: str | None) -> st.SearchStrategy[list[str]]:
+    """Make the ids of one or two tool calls."""
+    if pattern is None:
+        ids = names.map("call_{}".format)
+    else:
+        ids = st.from_regex(re.compile(pattern, re.ASCII), fullmatch=True, alphabet=_ASCII)
+    return st.lists(ids, min_size=1, max_size=2, unique=True)
 
 
 @st.composite
@@ -84,8 +112,8 @@ def messages_of(draw: st.DrawFn, provider_format: ProviderFormat, role: Role) ->
 @st.composite
 def calls(draw: st.DrawFn, provider_format: ProviderFormat) -> list[Row]:
     """Make an assistant's tool calls with all their answers."""
-    ids = draw(st.lists(call_ids(provider_format), min_size=1, max_size=2, unique=True))
-    given = draw(st.dictionaries(names, json_values, max_size=2))
+    ids = draw(call_ids(provider_format.call_id))
+    given = draw(_ARGUMENTS)
     arguments = (
         given if draw(st.sampled_from(provider_format.arguments)) == "object" else json.dumps(given)
     )
@@ -97,7 +125,7 @@ def calls(draw: st.DrawFn, provider_format: ProviderFormat) -> list[Row]:
     if draw(st.booleans()):
         caller["content"] = draw(st.sampled_from(["", None]))
     answers = [
-        {"role": "tool", "tool_call_id": one, "content": draw(st.text("ab", max_size=5))}
+        {"role": "tool", "tool_call_id": one, "content": draw(_RESULTS)}
         for one in (draw(st.permutations(ids)) if provider_format.answers_name_calls else ids)
     ]
     return [caller, *answers]
@@ -192,7 +220,7 @@ def preferences(draw: st.DrawFn, provider_format: ProviderFormat) -> Row:
     asked: Row = {"messages": draw(conversations(provider_format, answered=False))}
     if uses_tools(asked["messages"]):
         asked["tools"] = copy.deepcopy(TOOLS)
-    good, bad = draw(st.lists(texts, min_size=2, max_size=2, unique=True))
+    good, bad = draw(_ANSWERS)
     return {
         "input": asked,
         "preferred_output": [{"role": "assistant", "content": good}],
@@ -203,7 +231,7 @@ def preferences(draw: st.DrawFn, provider_format: ProviderFormat) -> Row:
 @st.composite
 def chosen(draw: st.DrawFn, provider_format: ProviderFormat) -> Row:
     """Make a preference pair in TRL's words: texts, messages, or whole conversations."""
-    good, bad = draw(st.lists(texts, min_size=2, max_size=2, unique=True))
+    good, bad = draw(_ANSWERS)
     style = draw(st.sampled_from(["texts", "messages", "whole"]))
     if style == "texts":
         return {"prompt": draw(texts), "chosen": good, "rejected": bad}

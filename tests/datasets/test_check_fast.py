@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.datasets.mutations import MUTATIONS, Fault, faulty_rows
 from tests.datasets.rows import TOOLS, TYPES, json_values, line, rows
+from tests.effort import searching
 from training_backends.core.config import ClassifierTarget
 from training_backends.core.data_rules import ProviderFormat
 from training_backends.datasets.check_fast import Finding, RowRules, file_findings
@@ -152,7 +153,7 @@ def test_what_was_judged_before_changes_nothing(made: list[Any]) -> None:
 
 @pytest.mark.parametrize("name", sorted(MUTATIONS))
 @given(data=st.data())
-@CALM
+@searching(4, CALM)
 def test_each_single_fault_is_named(name: str, data: st.DataObject) -> None:
     """One change to a right row is found, by its code and in its field."""
     those = [one for one in PROVIDER_FORMATS.values() if MUTATIONS[name].formats_of(one)]

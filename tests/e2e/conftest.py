@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import training_backends
-from tests.forking import Trainer
+from tests.forking import Program, Trainer
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,12 @@ class Served:
 
 
 @contextmanager
-def serving(home: Path, **variables: str) -> Iterator[Served]:
+def serving(
+    home: Path, python: Path = Path(sys.executable), /, **variables: str
+) -> Iterator[Served]:
     """Run `training-backends serve --backend local` for the block, with more variables."""
     key = secrets.token_urlsafe(24)
-    command = [sys.executable, "-m", "training_backends", "serve", "--port", "0", "--json"]
+    command = [str(python), "-m", "training_backends", "serve", "--port", "0", "--json"]
     environment = {
         **{name: text for name, text in os.environ.items() if "TRAINING_BACKENDS" not in name},
         "TRAINING_BACKENDS_HOME": str(home),
@@ -47,10 +49,12 @@ def serving(home: Path, **variables: str) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory, trainer: Trainer) -> Iterator[Served]:
+def served(
+    tmp_path_factory: pytest.TempPathFactory, program: Program, trainer: Trainer
+) -> Iterator[Served]:
     """Run one gateway for all tests that drive one."""
     python = {"TRAINING_BACKENDS_LOCAL__PYTHON": str(trainer.python)}
-    with serving(tmp_path_factory.mktemp("served"), **python) as found:
+    with serving(tmp_path_factory.mktemp("served"), program.python, **python) as found:
         yield found
 
 

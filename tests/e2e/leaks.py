@@ -37,8 +37,7 @@ SECRETS: Mapping[str, str] = {
     "TLS password": TLS_PASSWORD,
     "key of somebody else": STRANGE_KEY,
 }
-MAIN = [sys.executable, "-m", "training_backends"]
-MANY = [sys.executable, str(Path(__file__).with_name("many_commands.py"))]
+MANY = str(Path(__file__).with_name("many_commands.py"))
 PATIENCE = 60.0
 
 _PROGRAMS = (b"-m\0training_backends\0", b"many_commands.py")
@@ -97,7 +96,9 @@ class World:
         planted: Where commands run; the user's own files with secrets in them.
     """
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, python: Path) -> None:
+        """Run commands with an interpreter."""
+        self._python = str(python)
         self.seen = base / "seen"
         self.planted = base / "planted"
         self.secrets = {name: forms_of(secret) for name, secret in SECRETS.items()}
@@ -169,7 +170,7 @@ class World:
             for number, each in enumerate(commands)
         ]
         done = subprocess.run(
-            [*MANY, str(directory)],
+            [self._python, MANY, str(directory)],
             input=json.dumps(typed),
             capture_output=True,
             text=True,
@@ -194,6 +195,7 @@ class World:
         pass_fds: Sequence[int] = (),
     ) -> "Iterator[Started]":
         """Start a command as a process of its own, watched by its arguments."""
+        python = sys.executable if pass_fds else self._python
         self._runs += 1
         directory = self.seen / f"output-{self._runs}"
         directory.mkdir()
@@ -202,7 +204,7 @@ class World:
             out.open("wb") as out_file,
             err.open("wb") as err_file,
             subprocess.Popen(
-                [*MAIN, *arguments],
+                [python, "-m", "training_backends", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out_file,
                 stderr=err_file,

@@ -91,16 +91,17 @@ def receiving(path: Path) -> Iterator[str]:
 
 
 @contextmanager
-def serving(home: Path, webhook: str) -> Iterator[tuple[str, str]]:
+def serving(home: Path, webhook: str | None = None) -> Iterator[tuple[str, str]]:
     """Serve in front of the local backend; yields the URL and a key."""
     key = secrets.token_urlsafe(24)
     environment = {
         **os.environ,
         "TRAINING_BACKENDS_HOME": str(home),
         "TRAINING_BACKENDS_GATEWAY__API_KEY": key,
-        "TRAINING_BACKENDS_GATEWAY__WEBHOOK_URL": webhook,
-        "TRAINING_BACKENDS_GATEWAY__WEBHOOK_SECRET": SECRET,
     }
+    if webhook is not None:
+        environment["TRAINING_BACKENDS_GATEWAY__WEBHOOK_URL"] = webhook
+        environment["TRAINING_BACKENDS_GATEWAY__WEBHOOK_SECRET"] = SECRET
     command = [sys.executable, "-m", "training_backends", "serve", "--port", "0", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
         assert server.stdout is not None

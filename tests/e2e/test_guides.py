@@ -9,7 +9,7 @@ import pytest
 from openai import NotFoundError, OpenAI
 
 from tests.e2e.conftest import serving
-from tests.forking import Trainer
+from tests.forking import Program, Trainer
 from tests.pages import code_blocks
 from tests.trainer.plain import save_tiny
 
@@ -44,7 +44,7 @@ def run(
 
 
 def test_both_guides_lead_to_an_answer(
-    tmp_path: Path, samples: tuple[Path, Path], trainer: Trainer
+    tmp_path: Path, samples: tuple[Path, Path], program: Program, trainer: Trainer
 ) -> None:
     """Right after the end of the job, streamed and not, with the same words.
 
@@ -60,7 +60,7 @@ def test_both_guides_lead_to_an_answer(
         "TRAINING_BACKENDS_GATEWAY__CATALOGUE": str(catalogue),
         "TRAINING_BACKENDS_LOCAL__PYTHON": str(trainer.python),
     }
-    with serving(home, **settings) as served:
+    with serving(home, program.python, **settings) as served:
         url, key = served.url, served.key
         said = [
             run(

@@ -39,7 +39,7 @@ from tests.e2e.leaks import (
     settings,
     watched_processes,
 )
-from tests.forking import Trainer
+from tests.forking import Program, Trainer
 from tests.plugins import install_backend
 from tests.waiting import wait_until
 from training_backends import AsyncTrainingClient, TrainingBackendError, TrainingConfig
@@ -57,9 +57,9 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> World:
+def world(tmp_path: Path, program: Program) -> World:
     """Set the machine up."""
-    return World(tmp_path)
+    return World(tmp_path, program.python)
 
 
 @pytest.fixture
@@ -736,11 +736,14 @@ def test_training_on_this_machine(world: World, trainer: Trainer) -> None:
 
 
 @pytest.mark.engine
-def test_a_quickstart_that_is_interrupted(world: World) -> None:
+def test_a_quickstart_that_is_interrupted(world: World, trainer: Trainer) -> None:
     """It makes a key of its own, which nobody needs to see."""
     with (
         watched_processes(world) as children,
-        world.started("quickstart", "--dir", str(world.seen / "quick")) as quick,
+        world.started(
+            *("quickstart", "--dir", str(world.seen / "quick")),
+            given=settings(LOCAL__PYTHON=str(trainer.python)),
+        ) as quick,
     ):
         wait_until(lambda: children)  # one of them samples an answer
         assert quick.interrupt() == 130

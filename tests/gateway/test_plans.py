@@ -11,6 +11,8 @@ import sqlalchemy as sa
 from anyio import to_thread
 
 from tests.gateway.conftest import Site, site
+from tests.gateway.costs import cost
+from tests.gateway.filled import filled_gateway
 from tests.gateway.filling import LIVE, analyze, fill
 from tests.postgres import Postgres
 from training_backends.gateway.files import _delete_expired
@@ -178,3 +180,26 @@ async def test_a_long_list_of_models_is_complete_and_sent_in_parts(
     other = (await here.http.get("/openai/v1/models")).json()
     assert [model["id"] for model in other["data"]] == [model["id"] for model in listed]
     assert (other["first_id"], other["last_id"]) == (listed[0]["id"], listed[-1]["id"])
+
+
+@pytest.mark.parametrize("store", ["sqlite", "postgresql"])
+async def test_ten_times_the_jobs_cost_no_more(
+    store: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Of each request and of what the gateway repeats, in rows or pages that are read."""
+    costs: dict[int, dict[str, int]] = {}
+    for count in (1000, 10_000):
+        url = request.getfixturevalue("postgres").new_url() if store == "postgresql" else None
+        async with site(tmp_path / str(count), store_url=url) as here:
+            job_id = (await here.finished())["id"]
+            filling = here.served.gateway.store
+        await to_thread.run_sync(fill, filling, job_id, count)
+        await to_thread.run_sync(analyze, filling)
+        async with filled_gateway(tmp_path / str(count), url, count) as filled:
+            costs[count] = {
+                name: await cost(filled.stores, work) for name, work in filled.operations.items()
+            }
+    few, many = costs.values()
+    grown = {name: (few[name], many[name]) for name in few if many[name] > 1.5 * few[name]}
+    assert min(few.values()) > 0
+    assert not grown

@@ -204,7 +204,7 @@ def test_a_socks_proxy_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(environment, "find_spec", lambda _: None)
     with pytest.raises(BackendNotInstalled, match="ALL_PROXY") as caught:
         proxy_for(HOST)
-    assert caught.value.install == "pip install 'httpx[socks]'"
+    assert caught.value.install == "pip install 'training-backends[socks]'"
 
 
 class _Socks(socketserver.BaseRequestHandler):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from training_backends.datasets.rows import ChatRow, parse_row
+from training_backends.datasets.rows import ChatRow, Message, parse_row
 from training_backends.tokens import row_counter
 from training_backends.tokens.chat_template import ChatRenderer, Conversation, RejectedByTemplate
 from training_backends.tokens.counts import AnyRow
@@ -295,7 +295,7 @@ def test_a_template_of_ones_own_chooses_how_answers_are_asked_for(
     [example] = encoder.encode(parsed(row))
     answers = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
     assert in_loss(encoder, [example]) == [f"{answer}<|im_end|>" for answer in answers]
-    asked = encoder.decode(encoder.prompt("a"), keep_controls=True)
+    asked = encoder.decode(encoder.prompt(ChatRow([Message("user", "a")])), keep_controls=True)
     assert asked.endswith("user\na<|im_end|>\n<|im_start|>assistant\n<think></think>")
 
 

@@ -302,7 +302,21 @@ def test_the_first_layout_has_no_control_tokens() -> None:
 def test_mistral_prompt_is_what_the_model_was_taught(mistral: MistralEncoder) -> None:
     """Sampling asks with the same tokens that stand before an answer in training."""
     [(ids, trained)] = mistral.encode(chat(("user", "a"), ("assistant", "b")))
-    assert mistral.prompt("a") == ids[: trained.index(True)]
+    assert mistral.prompt(ChatRow([Message("user", "a")])) == ids[: trained.index(True)]
+
+
+@pytest.mark.parametrize("kind", ["byte", "mistral", "template"])
+def test_a_conversation_is_asked_as_it_was_taught(
+    kind: str, mistral: MistralEncoder, tmp_path: Path
+) -> None:
+    """The prompt of its last answer is what stands before that answer in training."""
+    encoder: Encoder = mistral
+    if kind != "mistral":
+        encoder = encoder_for(kind, make_chatml(tmp_path, CHATML) if kind == "template" else None)
+    turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")]
+    (ids, trained) = encoder.encode(chat(*turns, ("assistant", "d")))[-1]
+    last = len(ids) - trained[::-1].index(False)
+    assert encoder.prompt(chat(*turns)) == ids[:last]
 
 
 def test_chatml_counts_the_answer_with_its_end(tmp_path: Path) -> None:
@@ -353,7 +367,7 @@ def test_a_template_that_never_ends_is_an_error_of_the_model(
     with pytest.raises(TokenizerError, match="did not finish"):
         encoder.encode(chat(("user", "a"), ("assistant", "b")))
     with pytest.raises(TokenizerError, match="did not finish"):
-        encoder.prompt("a")
+        encoder.prompt(ChatRow([Message("user", "a")]))
 
 
 def test_a_model_without_template_takes_text_only(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 Each line of standard input is a JSON object: `size` processes train the run directories in `runs`
 one after the other, each as `work` does under torch's agent. The answer is one line with the exit
 codes of all processes. With `fits`, more rows than that raise an out-of-memory error, and each run
-is started again once, as the agent would.
+is started again once, as the agent would. With `stored`, the URL of a run, each process has a
+directory of its own, as on Ray.
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401  # loads bitsandbytes too
 import torch
 
 import training_backends.trainer.run  # noqa: F401  # loads what training needs
@@ -20,6 +22,7 @@ from training_backends.trainer.encode import encode_data
 from training_backends.trainer.launch import Outcome, loopback_store
 from training_backends.trainer.objectives.tokens import TokenObjective
 from training_backends.trainer.process import work
+from training_backends.trainer.ray_stored import DriverLink, Worker
 
 
 def main() -> None:
@@ -34,7 +37,7 @@ def main() -> None:
         children = []
         for rank in range(size):
             if (child := os.fork()) == 0:
-                os._exit(_train(rank, size, store.port, runs, request.get("fits")))
+                os._exit(_train(rank, size, store.port, runs, request))
             children.append(child)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         for run in runs:
@@ -44,21 +47,35 @@ def main() -> None:
         sys.stdout.flush()
 
 
-def _train(rank: int, size: int, port: int, runs: list[RunDir], fits: int | None) -> int:
+def _train(rank: int, size: int, port: int, runs: list[RunDir], request: Any) -> int:
+    os.environ |= request.get("environment", {})
     group = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in group.items()}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    if fits:
+    if fits := request.get("fits"):
         _limit_memory(fits)
     code = 0
     for number, run in enumerate(runs):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+        if url := request.get("stored"):
+            return _train_apart(rank, size, run, url)
         code = work(run.path)
         if code and fits:
             code = work(run.path)
         if code:
             break
     return int(code)
+
+
+def _train_apart(rank: int, size: int, run: RunDir, url: str) -> int:
+    worker = Worker(
+        url,
+        str(run.path / f"node-{rank}"),
+        rank=rank,
+        processes=size,
+        ask=lambda name, *values: getattr(DriverLink(str(run.path)), name)(*values),
+    )
+    return not worker.work(lambda own: work(own.path, stored=url), lambda _: [])
 
 
 def _limit_memory(fits: int) -> None:

@@ -15,6 +15,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from training_backends.datasets.rows import ChatRow, Message
 from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.trainer.generate import answer
 from training_backends.trainer.models import load_model
@@ -118,7 +119,9 @@ def test_an_adapter_is_asked_with_the_template_it_was_trained_with(
     )
     assert train(run.path) is TrainerExitCode.DONE
     loaded = load_model(str(run.result), seed=0, tuning=None, device=torch.device("cpu"))
-    asked = loaded.encoder.decode(loaded.encoder.prompt("a"), keep_controls=True)
+    asked = loaded.encoder.decode(
+        loaded.encoder.prompt(ChatRow([Message("user", "a")])), keep_controls=True
+    )
     assert asked == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
     assert loaded.encoder.end_ids == (256, 258)
     assert GenerationConfig.from_pretrained(run.result).eos_token_id == [256, 258]

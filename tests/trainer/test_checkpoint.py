@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.pages import code_blocks
 from tests.trainer.continuing import KEPT, train_to_continue
 from tests.trainer.plain import save_tiny
 from training_backends.rundir.checkpoints import find_best
@@ -79,6 +80,14 @@ def test_the_result_is_the_checkpoint_with_the_lowest_validation_loss(overfitted
     assert f"checkpoint at step {best}: validation loss {measured[best]:.4f}" in "\n".join(said)
     card = (overfitted.result / "README.md").read_text()
     assert f"The weights are those of step {best}." in card
+
+
+def test_the_page_loads_a_result(overfitted: RunDir) -> None:
+    """Its program finds the model and the tokenizer."""
+    (program,) = (each.text for each in code_blocks("local.md") if each.title == "load.py")
+    names: dict[str, Any] = {}
+    exec(program.replace("DIR", str(overfitted.result)), names)
+    assert names["model"].config.vocab_size >= len(names["tokenizer"])
 
 
 def test_any_checkpoint_becomes_a_model(overfitted: RunDir, tmp_path: Path) -> None:

@@ -37,6 +37,17 @@ def test_the_untrained_model_says_the_same_thing_every_time(
     assert again == said
 
 
+def test_a_conversation_is_continued(capsys: pytest.CaptureFixture[str]) -> None:
+    """What was said before counts; a single message is a prompt."""
+    asked = {"role": "user", "content": "hi"}
+    before = [{"role": "system", "content": "Sing."}, asked, {"role": "assistant", "content": "la"}]
+    for prompt in (["hi"], [json.dumps([asked]), "--messages"]):
+        assert main([*ASKED, "--prompt", *prompt]) == 0
+    assert main([*ASKED, "--messages", "--prompt", json.dumps([*before, asked])]) == 0
+    one, same, other = capsys.readouterr().out.splitlines()
+    assert one == same != other
+
+
 def test_a_prompt_may_stand_on_standard_input_behind_the_token(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

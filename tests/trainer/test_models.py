@@ -22,6 +22,7 @@ from transformers import (
 from tests.trainer.encoding import examples_of
 from tests.trainer.plain import MODELS_OF_TODAY, save_fp8, save_of_today, save_tiny
 from training_backends.core.config import ClassifierTarget, Tuning
+from training_backends.datasets.rows import ChatRow, Message
 from training_backends.rundir.directory import RunDir, TrainerExitCode
 from training_backends.tokens.byte_tokenizer import save_tiny_tokenizer
 from training_backends.tokens.examples import ExampleReader
@@ -275,7 +276,7 @@ def test_full_fine_tuning_of_an_adapter_starts_from_the_merged_model(adapter_run
     model = prepare_tuning(full.model, Tuning(kind="full"), "m")
     assert not isinstance(model, PeftModel)
     assert len(trained_part(model)) == len([*model.parameters()])
-    ids = torch.tensor([full.encoder.prompt("3 plus 4?")])
+    ids = torch.tensor([full.encoder.prompt(ChatRow([Message("user", "3 plus 4?")]))])
     with torch.no_grad():
         assert torch.allclose(plain.model(ids).logits, model(ids).logits, atol=1e-4)
     assert full.base == str(adapter_run.path.parent / "base")

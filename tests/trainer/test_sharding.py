@@ -1,6 +1,7 @@
 """Several processes that share a model: they learn what one process learns."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,14 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.buckets import Bucket, bucket, s3_server
 from tests.trainer.tasks import METHODS, changes_for, write_tasks
 from training_backends.rundir.checkpoints import damage_of, remove_optimizer_state
 from training_backends.rundir.directory import RunDir, TrainerExitCode
+from training_backends.rundir.stored import StoredRun
 from training_backends.trainer.__main__ import main
+from training_backends.trainer.encode import encode_data
 from training_backends.trainer.models import make_tiny_model
 from training_backends.trainer.process import train
 from training_backends.trainer.sharding import choose_sharding
 from training_backends.trainer.world import ALONE, World
+
+__all__ = ["bucket", "s3_server"]
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
@@ -48,7 +54,7 @@ class Groups:
             text=True,
         )
 
-    def train(self, size: int, *runs: RunDir, **more: int) -> None:
+    def train(self, size: int, *runs: RunDir, **more: object) -> None:
         """Train runs one after the other, each in the same processes."""
         request = {"size": size, "runs": [str(run.path) for run in runs], **more}
         assert self._server.stdin
@@ -235,3 +241,25 @@ def test_the_mode_depends_on_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch
         properties = type("Properties", (), {"total_memory": memory})
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)
         assert choose("auto") == expected
+
+
+def test_processes_that_share_no_directory_train_as_those_that_do(
+    make: MakeRun, groups: Groups, together: Trained, bucket: Bucket, tmp_path: Path
+) -> None:
+    """The first one makes the result from the checkpoint that all have uploaded in parts."""
+    shared = together["all weights", "zero3"]
+    driver = make("all weights", "apart", sharding="zero3", num_processes=2, micro_batch_size=1)
+    encode_data(driver, driver.read_spec(), lambda: False)
+    url = f"{bucket.url}/runs/apart"
+    stored = StoredRun.at(url)
+    stored.create(driver.read_spec(), {})
+    stored.store_tokens(driver)
+    environment = {n: text for n, text in os.environ.items() if n.startswith(("AWS_", "TRAINING_"))}
+    groups.train(2, driver, stored=url, environment=environment)
+    assert measures(driver) == measures(shared)
+    stored.update(copy := RunDir(tmp_path / "copy"))
+    stored.fetch_result(copy)
+    name = "model.safetensors"
+    found, expected = load_file(copy.result / name), load_file(shared.result / name)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert [*stored.checkpoints()] == [2]

@@ -10,6 +10,7 @@ from anyio import get_cancelled_exc_class, to_thread
 
 from training_backends.client.follow import Following
 from training_backends.client.launch import RunRecords
+from training_backends.client.notebook import NotebookProgress
 from training_backends.core.errors import RunNotFound, TrainingBackendError, UnsupportedOperation
 from training_backends.core.logging import get_logger
 from training_backends.core.run import LogRecord, RunFailed, TrainingRun, run_id_from
@@ -62,17 +63,22 @@ class Attempts:
         launch: Callable[[], Awaitable[TrainingRun]],
         *,
         attempts: int,
+        follow: bool,
         on_record: OnRecord | None,
+        progress: NotebookProgress | None,
         stop_on_cancel: bool,
     ) -> TrainingRun:
-        """Return the completed run; see `AsyncTrainingClient.run`."""
+        """Return the completed run, or the newest; see `AsyncTrainingClient.run`."""
         current = run_id
         try:
             await launch()
             run, number = await self._newest(run_id)
             while True:
                 current = run.id
-                run = await self._finished(run, on_record)
+                if follow:
+                    run = await self._finished(run, on_record, progress)
+                elif not run.status.is_terminal:
+                    return run
                 if run.status is TrainingStatus.COMPLETED:
                     return run
                 if number >= attempts or not await self._may_resume(run):
@@ -82,8 +88,13 @@ class Attempts:
                 number += 1
         except get_cancelled_exc_class():
             if stop_on_cancel:
-                await self._stop_cancelled(current)
+                await self._stop_cancelled(current, progress)
             raise
+
+    async def note_stop(self, run_id: str) -> None:
+        """Note that a run was stopped with its caller, so that a repeated call resumes it."""
+        note = partial(self._store.finish, run_id, _STOPPED_ON_CANCEL, result=True)
+        await to_thread.run_sync(note)
 
     async def _newest(self, run_id: str) -> tuple[TrainingRun, int]:
         """Return the last attempt made by this or an earlier call, and its number."""
@@ -97,14 +108,23 @@ class Attempts:
             run = await self._resume(run.id)  # an earlier call ended in the middle of it
         return run, number
 
-    async def _finished(self, run: TrainingRun, on_record: OnRecord | None) -> TrainingRun:
+    async def _finished(
+        self, run: TrainingRun, on_record: OnRecord | None, progress: NotebookProgress | None
+    ) -> TrainingRun:
         """Return a run once it has finished, after reporting its records."""
+        if progress is not None:
+            progress.show(run)
         found = self._following.logs(run, after=None, tail=None, follow=True)
         async with aclosing(found) as records:
             async for record in records:
                 if on_record is not None:
                     on_record(record)
-        return await to_thread.run_sync(self._store.get, run.id)
+                if progress is not None and progress.is_due(record):
+                    progress.show(await to_thread.run_sync(self._store.get, run.id))
+        run = await to_thread.run_sync(self._store.get, run.id)
+        if progress is not None:
+            progress.show(run)
+        return run
 
     async def _may_resume(self, run: TrainingRun) -> bool:
         if run.status is TrainingStatus.FAILED:
@@ -119,13 +139,14 @@ class Attempts:
         except UnsupportedOperation as error:
             raise _failed(run) from error
 
-    async def _stop_cancelled(self, run_id: str) -> None:
+    async def _stop_cancelled(self, run_id: str, progress: NotebookProgress | None) -> None:
         with anyio.move_on_after(_STOP_PATIENCE, shield=True) as limit:
             try:
                 with suppress(RunNotFound):  # nothing was launched yet
                     await self._stop(run_id)
-                    note = partial(self._store.finish, run_id, _STOPPED_ON_CANCEL, result=True)
-                    await to_thread.run_sync(note)
+                    await self.note_stop(run_id)
+                    if progress is not None:
+                        progress.show(await to_thread.run_sync(self._store.get, run_id))
             except TrainingBackendError as error:
                 log.warning("run not stopped", run_id=run_id, reason=error.message)
         if limit.cancelled_caught:

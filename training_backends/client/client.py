@@ -22,6 +22,7 @@ from training_backends.client.journal import (
 )
 from training_backends.client.launch import RunRecords, Steering
 from training_backends.client.leases import Leases
+from training_backends.client.notebook import notebook_progress
 from training_backends.client.observe import Observer, WatchSettings, last_seen
 from training_backends.client.poller import Poller
 from training_backends.client.preparation import Preparation
@@ -55,6 +56,7 @@ from training_backends.core.logging import get_logger
 from training_backends.core.plugins import installed_backends
 from training_backends.core.run import (
     LogRecord,
+    Prompt,
     Reply,
     TrainingRun,
     ValidationReport,
@@ -304,7 +306,9 @@ class AsyncTrainingClient:
         backend: str,
         run_id: str | None = None,
         attempts: int = 3,
+        follow: bool = True,
         on_record: OnRecord | None = None,
+        progress: bool = True,
         stop_on_cancel: bool = True,
         confirm: Confirm | None = None,
     ) -> TrainingRun:
@@ -317,8 +321,11 @@ class AsyncTrainingClient:
         Args:
             run_id: Your own id, see `run_id_from`; default: a generated one.
             attempts: Most runs in all, including those of earlier calls.
+            follow: False returns the newest run as soon as the provider has accepted it. Repeat
+                the call once that run has finished, which resumes it, returns it or raises.
             on_record: Called with every log record of the run that is followed, from its first.
                 An exception that it raises ends the call; the run keeps running.
+            progress: In a notebook, show the run's progress while it is followed.
             stop_on_cancel: Stop the run, with a checkpoint if the backend can, when this call is
                 cancelled. A repeated call then resumes it.
             confirm: See `launch`.
@@ -335,7 +342,9 @@ class AsyncTrainingClient:
             run_id,
             partial(self.launch, config, backend=backend, run_id=run_id, confirm=confirm),
             attempts=attempts,
+            follow=follow,
             on_record=on_record,
+            progress=notebook_progress() if progress and follow else None,
             stop_on_cancel=stop_on_cancel,
         )
 
@@ -592,13 +601,16 @@ class AsyncTrainingClient:
             hint="Wait again with a longer timeout, or check with `status`.",
         )
 
-    async def stop(self, run_id: str, *, save_checkpoint: bool = True) -> TrainingRun:
+    async def stop(
+        self, run_id: str, *, save_checkpoint: bool = True, resumable: bool = False
+    ) -> TrainingRun:
         """Ask the provider to stop a run, which may take a while.
 
         Safe to repeat. A run that was never launched is cancelled immediately.
 
         Args:
             save_checkpoint: Save the progress so far, if the provider can.
+            resumable: Let a repeated call of `run` resume it, instead of raising `RunFailed`.
 
         Raises:
             UnsupportedOperation: Another process is launching the run, and it has no job yet
@@ -607,7 +619,10 @@ class AsyncTrainingClient:
         run = await self.get(run_id)
         if not run.status.is_terminal:
             await self._observer.require_here(run, "stop")
-        return await self._steering.stop(run, save_checkpoint=save_checkpoint)
+        stopped = await self._steering.stop(run, save_checkpoint=save_checkpoint)
+        if resumable:
+            await self._attempts.note_stop(run_id)
+        return stopped
 
     async def pause(self, run_id: str) -> TrainingRun:
         """Ask the provider to pause a run, which may take a while.
@@ -737,14 +752,17 @@ class AsyncTrainingClient:
             run_id, url, checkpoint=checkpoint, on_progress=on_progress
         )
 
-    async def sample(self, run_id: str, prompt: str, *, max_tokens: int = 64) -> Reply:
+    async def sample(self, run_id: str, prompt: Prompt, *, max_tokens: int = 64) -> Reply:
         """Prompt the trained model of a run, if its backend can serve it.
 
         Args:
+            prompt: A user's message, or the messages of a conversation that ends with one.
             max_tokens: Maximum tokens to generate.
 
         Raises:
-            UnsupportedOperation: The backend cannot serve models, or the run has no model.
+            ValueError: The conversation is malformed.
+            UnsupportedOperation: The backend cannot serve models or continue conversations, or
+                the run has no model.
             BackendUnavailable: The model cannot be loaded.
         """
         return await self._results.sample(run_id, prompt, max_tokens)
@@ -761,13 +779,16 @@ class AsyncTrainingClient:
     ) -> "Evaluation":
         """Ask the trained model of a run the prompts of a data file and score its answers.
 
-        A row has one user message and the assistant's answer, a `prompt` and a `completion`, or,
-        for a classifier, a text and its labels, whose accuracy is the score. Rows with other
-        messages, such as a system prompt, earlier turns or images, are skipped and counted.
+        A row is a conversation that ends with the assistant's answer, a `prompt` and a
+        `completion`, or, for a classifier, a text and its labels, whose accuracy is the score. The
+        model is asked what comes before the last answer, including earlier turns as they are in
+        the data. Rows with tools or images are skipped and counted, as are those with a system
+        prompt or earlier turns if the backend takes single messages only.
 
         Args:
-            scorer: Called in a thread with the prompt, the expected and the given answer, one call
-                at a time; default: whether both answers are the same apart from white space.
+            scorer: Called in a thread with the last user message, the expected and the given
+                answer, one call at a time; default: whether both answers are the same apart from
+                white space.
             rows: Ask only the first `rows` of these rows; None: all.
             max_tokens: Maximum tokens of an answer.
             on_row: Called with each row, in the order of the file, and the number of all rows.
@@ -785,7 +806,9 @@ class AsyncTrainingClient:
         )
 
         run = await self.get(run_id)
-        questions, skipped = await to_thread.run_sync(read_questions, Path(file), rows)
+        chats = (await self._backend(run.backend)).capabilities.samples_chats
+        read = partial(read_questions, Path(file), rows, chats=chats)
+        questions, skipped = await to_thread.run_sync(read)
         ask = partial(self.sample, run.id, max_tokens=max_tokens)
         found = await ask_all(ask, questions, scorer=scorer or exact_match, on_row=on_row)
         return Evaluation(rows=tuple(found), skipped=skipped)
@@ -867,9 +890,13 @@ class AsyncTrainingClient:
             raise backend.unsupported(f"{verb} a run that is {run.status}", "Stop it first.")
         return run, backend
 
-    async def check_store(self) -> Sequence[str]:
-        """Return the problems of the run store, one line each, without changing it."""
-        return await to_thread.run_sync(check, self._store_url)
+    async def check_store(self, *, within: float | None = None) -> Sequence[str]:
+        """Return the problems of the run store, one line each, without changing it.
+
+        Args:
+            within: Seconds after which to return what was found; None: check everything.
+        """
+        return await to_thread.run_sync(partial(check, self._store_url, within=within))
 
     async def recover_store(self) -> Recovery:
         """Back up a damaged run store and rebuild it.

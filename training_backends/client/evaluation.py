@@ -4,7 +4,7 @@ import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import anyio
 import msgspec
@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from training_backends.core.concurrency import run_all
 from training_backends.core.errors import BackendNotInstalled, ConfigError, DatasetError, Issue
-from training_backends.core.run import Reply
+from training_backends.core.run import ChatMessage, Prompt, Reply
 from training_backends.datasets.open_file import opened
 from training_backends.datasets.rows import (
     ChatRow,
@@ -50,6 +50,8 @@ class EvaluatedRow(BaseModel, frozen=True):
 
     Attributes:
         line: Line of the data file.
+        prompt: The last user message, or the text that a classifier is given.
+        messages: All messages that the model was given, if there are others before the last.
         expected: The answer in the data, or the label or labels by target.
         answer: Generated text; None for a classifier.
         labels: For a classifier, the probability of each label by target.
@@ -58,6 +60,7 @@ class EvaluatedRow(BaseModel, frozen=True):
 
     line: int
     prompt: str
+    messages: tuple[dict[str, str], ...] | None = None
     expected: str | dict[str, str | list[str]]
     answer: str | None = None
     labels: dict[str, dict[str, float]] | None = None
@@ -82,11 +85,16 @@ class Evaluation(BaseModel, frozen=True):
 
 
 class Question(msgspec.Struct, frozen=True):
-    """A prompt of a data file with the answer or labels that are expected."""
+    """A prompt of a data file with the answer or labels that are expected.
+
+    Attributes:
+        messages: The conversation that ends with the prompt, if there is more than the prompt.
+    """
 
     line: int
     prompt: str
     expected: str | dict[str, str | list[str]]
+    messages: tuple[ChatMessage, ...] | None = None
 
 
 class _Completion(msgspec.Struct, frozen=True):
@@ -94,11 +102,18 @@ class _Completion(msgspec.Struct, frozen=True):
     completion: str | list[Message] | None = None
 
 
+_ROLES: Final[Mapping[str, Literal["system", "user", "assistant"]]] = {
+    "developer": "system",
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
+"""Roles of messages in text alone, and as a model is given them."""
 _COMPLETION: Final = msgspec.json.Decoder(_Completion)
 
 
 async def ask_all(
-    ask: Callable[[str], Awaitable[Reply]],
+    ask: Callable[[Prompt], Awaitable[Reply]],
     questions: Sequence[Question],
     *,
     scorer: Scorer,
@@ -111,7 +126,7 @@ async def ask_all(
 
     async def ask_one(index: int, question: Question) -> None:
         nonlocal delivered
-        reply = await ask(question.prompt)
+        reply = await ask(question.messages or question.prompt)
         expected, prompt, answer = question.expected, question.prompt, reply.answer or ""
         if isinstance(expected, str):
             work = partial(scorer, prompt, expected, answer)
@@ -121,6 +136,7 @@ async def ask_all(
         found[index] = EvaluatedRow(
             line=question.line,
             prompt=prompt,
+            messages=question.messages and tuple({**it} for it in question.messages),
             expected=expected,
             answer=reply.answer,
             labels=reply.labels,
@@ -218,8 +234,13 @@ def _is_right(wanted: str | list[str], given: Mapping[str, float]) -> bool:
     return {label for label, share in given.items() if share >= _LIKELY} == {*wanted}
 
 
-def read_questions(path: Path, rows: int | None = None) -> tuple[list[Question], int]:
+def read_questions(
+    path: Path, rows: int | None = None, *, chats: bool = True
+) -> tuple[list[Question], int]:
     """Return the first `rows` questions of a data file, and how many rows were skipped. Blocking.
+
+    Args:
+        chats: The model can be asked with several messages.
 
     Raises:
         DatasetError: The file cannot be read, a line has no known format, or there is no row that
@@ -238,21 +259,22 @@ def read_questions(path: Path, rows: int | None = None) -> tuple[list[Question],
             except msgspec.DecodeError as error:
                 issue = Issue(code="invalid_row", message=str(error), path=str(path), line=number)
                 raise DatasetError(f"{path} cannot be evaluated.", issues=[issue]) from None
-            if question is None:
+            if question is None or (question.messages and not chats):
                 skipped += 1
             else:
                 questions.append(question)
     if not questions:
         raise DatasetError(
             f"{path} has no row that can be evaluated.",
-            hint="Rows need one user message and the assistant's answer, `prompt` and "
-            "`completion`, or a text and its labels.",
+            hint="Rows need messages that end with the assistant's answer, `prompt` and "
+            "`completion`, or a text and its labels; without tools and images, and for some "
+            "backends with one user message only.",
         )
     return questions, skipped
 
 
 def _question(number: int, line: bytes) -> Question | None:
-    """Return the question of a row, or None if its prompt is not a single text."""
+    """Return the question of a row, or None if it has none, or not in text alone."""
     found = _COMPLETION.decode(line)
     if found.prompt is not None and found.completion is not None:
         return _asked(number, [*_said("user", found.prompt), *_said("assistant", found.completion)])
@@ -262,7 +284,7 @@ def _question(number: int, line: bytes) -> Question | None:
             # A row without labels has nothing to compare with.
             return Question(number, prompt, row.labels) if prompt and row.labels else None
         case ChatRow():
-            return _asked(number, row.messages)
+            return None if row.tools else _asked(number, row.messages)
         case PreferenceRow():
             return _asked(number, [*row.prompt, *row.chosen])
         case TextRow():
@@ -270,12 +292,16 @@ def _question(number: int, line: bytes) -> Question | None:
 
 
 def _asked(number: int, messages: list[Message]) -> Question | None:
-    if [message.role for message in messages] != ["user", "assistant"]:
+    if [message.role for message in messages[-2:]] != ["user", "assistant"]:
         return None
-    asked, answered = messages
-    if asked.has_other_parts or answered.has_other_parts or answered.tool_calls:
+    if any(it.has_other_parts or it.tool_calls or it.role not in _ROLES for it in messages):
         return None
-    return Question(number, asked.text, answered.text)
+    *before, answered = messages
+    prompt = before[-1].text
+    if len(before) == 1:
+        return Question(number, prompt, answered.text)
+    given = tuple(ChatMessage(role=_ROLES[it.role], content=it.text) for it in before)
+    return Question(number, prompt, answered.text, given)
 
 
 def _classified(content: ChatRow | TextRow) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 from uuid import uuid4
 
 import anyio
+import msgspec
 from anyio import from_thread, to_thread
 
 from training_backends.client.boundary import callers_own
@@ -28,7 +29,14 @@ from training_backends.core.errors import (
 )
 from training_backends.core.estimate import format_duration
 from training_backends.core.logging import get_logger
-from training_backends.core.run import LogRecord, Reply, TrainingRun, utc_now
+from training_backends.core.run import (
+    ChatMessage,
+    LogRecord,
+    Prompt,
+    Reply,
+    TrainingRun,
+    utc_now,
+)
 from training_backends.core.status import TrainingStatus
 from training_backends.objects.publish import MANIFEST, fetch, publish
 from training_backends.objects.store import ObjectStore, scheme_of
@@ -95,8 +103,15 @@ class Results:
             return await self._fetch(str(copy), target)
 
     async def _fetch(self, url: str, target: Path) -> Path:
-        store = await to_thread.run_sync(self._opened, url)
-        await to_thread.run_sync(fetch, store, target)
+        def copy() -> bool:
+            if target.exists() and (not target.is_dir() or any(target.iterdir())):
+                raise ConfigError(
+                    f"{target} exists and is not empty.", hint="Choose a new directory."
+                )
+            return fetch(self._opened(url), target)
+
+        if not await to_thread.run_sync(copy):
+            raise RunNotFound(f"There is no complete copy of the result at {url}.")
         return target
 
     def _opened(self, url: str) -> ObjectStore:
@@ -214,11 +229,16 @@ class Results:
                 await to_thread.run_sync(remove)
         return store.place(MANIFEST)
 
-    async def sample(self, run_id: str, prompt: str, max_tokens: int) -> Reply:
+    async def sample(self, run_id: str, prompt: Prompt, max_tokens: int) -> Reply:
         """Prompt the model."""
+        prompt = _checked(prompt)
         run, backend = await self._found(run_id, "ask the model of")
         if backend.capabilities.samples:
             _require_model(backend, run, "ask")
+            if not (isinstance(prompt, str) or backend.capabilities.samples_chats):
+                raise backend.unsupported(
+                    "continue a conversation with the model of a run", "Give a single message."
+                )
         return await backend.sample(run, prompt, max_tokens=max_tokens)
 
     async def _found(self, run_id: str, verb: str) -> tuple[TrainingRun, TrainingBackend]:
@@ -235,6 +255,23 @@ def destination_of(run: TrainingRun) -> str | None:
 
 def _with_uri(run: TrainingRun, uri: str | None) -> TrainingRun:
     return run.model_copy(update={"result_uri": uri})
+
+
+def _checked(prompt: Prompt) -> Prompt:
+    """Return a conversation of a single user message as that message, which all backends take.
+
+    Raises:
+        ValueError: A conversation is malformed, or does not end with the user.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    try:
+        messages = msgspec.convert([*prompt], list[ChatMessage])
+    except (msgspec.ValidationError, TypeError) as error:
+        raise ValueError(f"prompt is neither a text nor a list of messages: {error}") from None
+    if not messages or messages[-1]["role"] != "user":
+        raise ValueError("prompt: the last message of a conversation must be the user's")
+    return messages[0]["content"] if len(messages) == 1 else messages
 
 
 def _require_model(backend: TrainingBackend, run: TrainingRun, verb: str) -> None:

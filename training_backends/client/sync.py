@@ -230,6 +230,8 @@ class TrainingClient:
     sample = _blocking(AsyncTrainingClient.sample)
     evaluate = _blocking(AsyncTrainingClient.evaluate)
     delete = _blocking(AsyncTrainingClient.delete)
+    remove_checkpoints = _blocking(AsyncTrainingClient.remove_checkpoints)
+    remove_log = _blocking(AsyncTrainingClient.remove_log)
     check_store = _blocking(AsyncTrainingClient.check_store)
     recover_store = _blocking(AsyncTrainingClient.recover_store)
 

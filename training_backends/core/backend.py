@@ -36,6 +36,7 @@ from training_backends.core.run import (
     CleanText,
     LogRecord,
     Observation,
+    Prompt,
     Reply,
     RunState,
     TrainingRun,
@@ -492,8 +493,11 @@ class TrainingBackend(ABC):
         del run, checkpoint, target
         raise self.unsupported("download a checkpoint")
 
-    async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
+    async def sample(self, run: TrainingRun, prompt: Prompt, *, max_tokens: int = 64) -> Reply:
         """Prompt the trained model; override if supported.
+
+        Args:
+            prompt: A user's message; with `Capabilities.samples_chats` also a conversation.
 
         Raises:
             BackendUnavailable: The model cannot be loaded.

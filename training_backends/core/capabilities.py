@@ -63,6 +63,7 @@ class Capabilities(BaseModel, frozen=True):
         downloads_checkpoints: Any checkpoint can be downloaded as a model.
         names_result: Completed runs have a `result_model`.
         samples: The trained model can be prompted.
+        samples_chats: It can also be asked to continue a conversation of several messages.
         deletes: Runs can be deleted.
         lists_remote: All jobs of the account can be listed, whoever created them.
         provider_format: Provider format of the training data.
@@ -93,6 +94,7 @@ class Capabilities(BaseModel, frozen=True):
     downloads_checkpoints: bool = False
     names_result: bool = True
     samples: bool = False
+    samples_chats: bool = False
     deletes: bool = False
     lists_remote: bool = False
     provider_format: ProviderFormat = ProviderFormat()

@@ -235,7 +235,7 @@ def hold_lock(path: Path, patience: float = LOCK_PATIENCE) -> Iterator[None]:
     Raises:
         BlockingIOError: Another process still holds it after `patience` seconds.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + patience
     try:
         while not _try_lock(descriptor):

@@ -3,13 +3,13 @@
 import hashlib
 import secrets
 import string
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self, Unpack, cast, get_args
+from typing import Annotated, Any, Final, Literal, Self, TypedDict, Unpack, cast, get_args
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, Field
 
@@ -22,6 +22,7 @@ from training_backends.core.status import ON_THE_WAY, TrainingStatus, may_follow
 
 __all__ = [
     "RUN_ID_PATTERN",
+    "ChatMessage",
     "Checkpoint",
     "CleanText",
     "Failure",
@@ -30,6 +31,7 @@ __all__ = [
     "LogSource",
     "Observation",
     "Place",
+    "Prompt",
     "Reply",
     "RunFailed",
     "RunState",
@@ -148,6 +150,17 @@ class Checkpoint(BaseModel, frozen=True):
     at: UtcDatetime
     metrics: dict[str, float] = Field(default_factory=dict)
     path: Path | None = None
+
+
+class ChatMessage(TypedDict):
+    """A message of a conversation with a model."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+Prompt = str | Sequence[ChatMessage]
+"""What a model is asked: a user's message, or a conversation that ends with one."""
 
 
 class Reply(BaseModel, frozen=True):

@@ -1,5 +1,6 @@
 """A run as HTML, for notebooks."""
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any, Final
 
@@ -11,10 +12,13 @@ _WIDTH, _HEIGHT = 160, 28
 """Pixels of the loss curve."""
 
 
-def run_html(run: Any) -> str:
+def run_html(run: Any, losses: Sequence[float] | None = None) -> str:
     """Return a table with the status, the progress and the latest metrics of a `TrainingRun`.
 
     Without scripts and style sheets; every value is escaped.
+
+    Args:
+        losses: The loss at each step; None: at each checkpoint, as the run itself has it.
     """
     colour = _COLOURS.get(run.status, _IN_PROGRESS)
     rows = [
@@ -25,9 +29,12 @@ def run_html(run: Any) -> str:
     if run.step is not None:
         rows.append(("steps", _progress(run.step, run.total_steps)))
     rows += [(escape(name), f"{value:.6g}") for name, value in sorted(run.metrics.items())]
-    losses = [it.metrics["train_loss"] for it in run.checkpoints if "train_loss" in it.metrics]
+    title = "loss"
+    if losses is None:
+        title = "loss at checkpoints"
+        losses = [it.metrics["train_loss"] for it in run.checkpoints if "train_loss" in it.metrics]
     if curve := _curve(losses):
-        rows.append(("loss at checkpoints", curve))
+        rows.append((title, curve))
     if run.result_model:
         rows.append(("result", _linked(run.result_uri, run.result_model)))
     if run.failure:
@@ -50,7 +57,7 @@ def _progress(step: int, total: int | None) -> str:
     return f'<progress max="{total}" value="{min(step, total)}"></progress> {step:,} / {total:,}'
 
 
-def _curve(values: "list[float]") -> str:
+def _curve(values: Sequence[float]) -> str:
     """Return a line through the values as SVG; empty with fewer than two."""
     if len(values) < 2:
         return ""

@@ -132,7 +132,9 @@ class Settings(SectionSettings):
     store_url: str | None = None
     """SQLAlchemy URL of the run store; None: SQLite in `home`."""
     log_format: Literal["console", "json"] = "console"
+    """Format of log lines."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    """Lowest level that is logged."""
 
 
 class Effective(NamedTuple):

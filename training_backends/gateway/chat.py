@@ -37,9 +37,11 @@ from training_backends.gateway.checkpoint_models import (
     CheckpointModel,
     CheckpointModels,
     job_of_key,
+    jobs_in,
 )
 from training_backends.gateway.external import ExternalServer, Find, Merge, Seen
 from training_backends.gateway.inference import InferenceServers, can_serve, inference_policy
+from training_backends.gateway.jobstore import OWNER, begins_with
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.model_use import ModelUse
 from training_backends.gateway.settings import GatewaySettings
@@ -49,6 +51,7 @@ from training_backends.http.client import HttpClient
 from training_backends.http.urls import normalize_base_url
 from training_backends.rundir.handover import safe_environment
 from training_backends.store.gateway_schema import jobs, models
+from training_backends.store.runs import among
 
 __all__ = [
     "Abilities",
@@ -444,9 +447,14 @@ class ChatService:
 
     async def sweep(self) -> None:
         """Remove incomplete merges, those of deleted models, and those of base models."""
-        kept = sa.select(models.c.job_id).where(models.c.deleted_at.is_(None))
-        rows = await self._store.aread(lambda connection: connection.execute(kept).all())
-        await to_thread.run_sync(_sweep, self._merges, {TINY_MODEL, *(row.job_id for row in rows)})
+        found = await to_thread.run_sync(jobs_in, self._merges)
+        query = sa.select(models.c.job_id).where(models.c.deleted_at.is_(None))
+        kept = await self._store.aread(
+            lambda connection: {
+                row.job_id for row in among(connection, query, models.c.job_id, found)
+            }
+        )
+        await to_thread.run_sync(_sweep, self._merges, {TINY_MODEL, *kept})
 
 
 def find_interpreter(backend: TrainingBackend) -> Interpreter | None:
@@ -511,7 +519,7 @@ def _unknown(connection: sa.Connection, name: str, caller: Principal) -> ChatPro
     digits = name.rpartition(":")[2][:36]
     if len(digits) >= _JOB_DIGITS:
         found = sa.select(jobs.c.id, jobs.c.status, jobs.c.fine_tuned_model).where(
-            jobs.c.id.startswith(digits, autoescape=True), caller.sees(jobs.c.project)
+            begins_with(digits), caller.sees(OWNER)
         )
         job = connection.execute(found).first()
         if job is not None and job.fine_tuned_model is None:

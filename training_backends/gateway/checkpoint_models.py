@@ -15,12 +15,19 @@ from anyio import to_thread
 from training_backends.client.client import AsyncTrainingClient
 from training_backends.core.files import make_private_directory
 from training_backends.gateway.job_events import JobCheckpoint, kept_checkpoints
-from training_backends.gateway.jobstore import CHECKPOINT_MARK, JOB_DIGITS, model_name
+from training_backends.gateway.jobstore import (
+    CHECKPOINT_MARK,
+    JOB_DIGITS,
+    OWNER,
+    begins_with,
+    model_name,
+)
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.store import GatewayStore
 from training_backends.store.gateway_schema import jobs
+from training_backends.store.runs import among
 
-__all__ = ["CheckpointModel", "CheckpointModels", "job_of_key"]
+__all__ = ["CheckpointModel", "CheckpointModels", "job_of_key", "jobs_in"]
 
 _STEP: Final = "-step-"
 _LONGEST_STEP: Final = 19
@@ -120,8 +127,11 @@ class CheckpointModels:
 
     async def sweep(self) -> None:
         """Remove incomplete checkpoints, and those of deleted models."""
+        found = await to_thread.run_sync(jobs_in, self._directory)
         query = sa.select(jobs.c.id).where(jobs.c.history.is_(None))
-        kept = await self._store.aread(lambda c: {*c.execute(query).scalars()})
+        kept = await self._store.aread(
+            lambda connection: {row.id for row in among(connection, query, jobs.c.id, found)}
+        )
         await to_thread.run_sync(_sweep, self._directory, kept)
 
 
@@ -132,6 +142,11 @@ def _key(job_id: str, step: int) -> str:
 def job_of_key(key: str) -> str:
     """Return the id of the job in the name of a checkpoint's directory."""
     return key.partition(_STEP)[0]
+
+
+def jobs_in(directory: Path) -> set[str]:
+    """Return the ids of the jobs with files in a directory of models or checkpoints."""
+    return {job_of_key(path.name) for path in directory.glob("*")}
 
 
 def _sweep(directory: Path, kept: Collection[str]) -> None:
@@ -149,7 +164,7 @@ def _job(connection: sa.Connection, name: str, organization_id: str, caller: Pri
     tag = name.rpartition(":")[2]
     if len(tag) != JOB_DIGITS:
         return None
-    mine = jobs.c.id.startswith(tag, autoescape=True), caller.sees(jobs.c.project)
+    mine = begins_with(tag), caller.sees(OWNER)
     for row in connection.execute(sa.select(jobs).where(*mine, jobs.c.history.is_(None))):
         # Until a job has finished, its checkpoints have the date of its creation.
         names = (model_name(row, organization_id, at) for at in (row.created_at, row.modified_at))

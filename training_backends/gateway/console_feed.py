@@ -8,7 +8,7 @@ one, it misses nothing.
 
 import json
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -19,10 +19,11 @@ import sqlalchemy as sa
 from training_backends.core.logging import get_logger
 from training_backends.gateway.console_runs import last_records, records_after, summaries
 from training_backends.gateway.errors import HTTPProblem, is_temporary, plain
+from training_backends.gateway.jobstore import OWNER
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.store import GatewayStore
 from training_backends.protocols.mistral.status import ACTIVE
-from training_backends.store.gateway_schema import jobs
+from training_backends.store.gateway_schema import IS_OPEN, jobs
 from training_backends.store.schema import runs
 
 __all__ = ["MOST_FOLLOWED", "ConsoleFeed", "FeedCursor"]
@@ -205,9 +206,8 @@ class ConsoleFeed:
         """Return what changed since a page loaded its list, or lost its connection."""
         now = time.time()
         since = cursor.at - _SLACK
-        mine = page.caller.sees(jobs.c.project)
-        live = jobs.c.status.in_(("STARTED", "RUNNING", "CANCELLATION_REQUESTED"))
-        changed = sa.select(jobs.c.id).where(mine, live | (jobs.c.modified_at >= since))
+        live = "STARTED", "RUNNING", "CANCELLATION_REQUESTED"
+        changed = sa.select(jobs.c.id).where(page.caller.sees(OWNER), _recent(live, since))
 
         def work(connection: sa.Connection) -> list[dict[str, Any]] | None:
             ids = connection.execute(changed.limit(_MOST_CHANGED + 1)).scalars().all()
@@ -243,11 +243,10 @@ class ConsoleFeed:
         now = time.time()
         followed = {run_id for page in self._pages for run_id in page.followed}
         is_first = not self._has_looked.is_set()
-        recent = jobs.c.status.in_(ACTIVE) | (jobs.c.modified_at >= now - _RECENT)
         query = (
             sa.select(jobs.c.id, jobs.c.modified_at, runs.c.version)
             .select_from(jobs.outerjoin(runs, runs.c.id == jobs.c.id))
-            .where(recent)
+            .where(_recent(ACTIVE, now - _RECENT))
         )
 
         def work(connection: sa.Connection) -> tuple[_Found, dict[str, _State], dict[str, int]]:
@@ -274,3 +273,13 @@ def _event(name: str, data: Any, cursor: FeedCursor) -> str:
     # Compact JSON has no line breaks.
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return f"event: {name}\nid: {cursor}\ndata: {text}\n\n"
+
+
+def _recent(statuses: Collection[str], since: float) -> sa.ColumnElement[bool]:
+    """Return the condition of the jobs with one of these statuses, or that changed since a time.
+
+    Two queries, as SQLite would read all jobs for one with OR.
+    """
+    active = sa.select(jobs.c.id).where(IS_OPEN, jobs.c.status.in_(statuses))
+    changed = sa.select(jobs.c.id).where(jobs.c.modified_at >= since)
+    return jobs.c.id.in_(active.union(changed))

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -17,7 +17,8 @@ from training_backends.gateway.jobstore import require_job
 from training_backends.gateway.keys import Principal
 from training_backends.gateway.store import page_of
 from training_backends.protocols.mistral.status import JOB_STATUSES, to_status
-from training_backends.store.gateway_schema import jobs
+from training_backends.store.gateway_schema import IS_OPEN, jobs
+from training_backends.store.job_counts import count_jobs
 from training_backends.store.schema import documents, metrics, records, runs
 
 __all__ = [
@@ -107,10 +108,28 @@ def list_runs(
         "at": now,
     }
     if after is None:
-        joined = jobs.outerjoin(runs, runs.c.id == jobs.c.id)
-        counting = sa.select(sa.func.count()).select_from(joined).where(*conditions)
-        found["total"] = connection.execute(counting).scalar_one()
+        found["total"] = _total(connection, filters, caller)
     return found
+
+
+def _total(connection: sa.Connection, filters: RunQuery, caller: Principal) -> int:
+    """Return the number of runs; only text, and whether a run is paused, is looked for in rows."""
+    conditions = [caller.sees(jobs.c.project), *_conditions(filters)]
+    open_only: list[Any] = []
+    total = 0
+    if not filters.text:
+        owners = {filters.project or None, None if caller.admin else caller.project} - {None}
+        if len(owners) > 1:
+            return 0
+        counted = {"project": next(iter(owners), None)}
+        if filters.statuses is None:
+            return count_jobs(connection, counted)
+        words = _words(filters.statuses) - {"RUNNING"}
+        total = sum(count_jobs(connection, {**counted, "status": word}) for word in words)
+        open_only = [IS_OPEN, jobs.c.status == "RUNNING"]
+    joined = jobs.outerjoin(runs, runs.c.id == jobs.c.id)
+    counting = sa.select(sa.func.count()).select_from(joined).where(*conditions, *open_only)
+    return total + int(connection.execute(counting).scalar_one())
 
 
 def summaries(connection: sa.Connection, ids: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
@@ -212,7 +231,7 @@ def last_records(connection: sa.Connection, ids: Iterable[str]) -> dict[str, int
 def _conditions(filters: RunQuery) -> list[sa.ColumnElement[bool]]:
     conditions: list[sa.ColumnElement[bool]] = []
     if filters.statuses is not None:
-        words = [word for word in JOB_STATUSES if to_status(word) in filters.statuses]
+        words = _words(filters.statuses)
         paused = (jobs.c.status == "RUNNING") & (runs.c.status == TrainingStatus.PAUSED)
         running: sa.ColumnElement[bool] = jobs.c.status.in_(words)
         if TrainingStatus.PAUSED in filters.statuses:
@@ -228,6 +247,10 @@ def _conditions(filters: RunQuery) -> list[sa.ColumnElement[bool]]:
     if filters.project:
         conditions.append(jobs.c.project == filters.project)
     return conditions
+
+
+def _words(statuses: Collection[TrainingStatus]) -> frozenset[str]:
+    return frozenset(word for word in JOB_STATUSES if to_status(word) in statuses)
 
 
 _NAME: Final = jobs.c.openai["suffix"].as_string()

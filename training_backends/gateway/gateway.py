@@ -69,6 +69,8 @@ __all__ = [
 ]
 
 _SECRET_BYTES = 32
+_CHECKING: Final = 2.0
+"""Seconds; a store that takes longer to check is checked in part."""
 _CREATING: Final = timedelta(minutes=5)
 """Within this time, the key of a job's integration and the job itself are stored."""
 
@@ -522,7 +524,7 @@ async def _start_jobs(
 
 async def _check_run_store(client: AsyncTrainingClient, root: Path) -> None:
     """Fail at start if the run store is damaged, which would block every job."""
-    if problems := await client.check_store():
+    if problems := await client.check_store(within=_CHECKING):
         raise StoreError(
             f"The gateway's run store in {root} cannot be used: {problems[0]}",
             hint=f"Run `TRAINING_BACKENDS_HOME={root} training-backends doctor --recover` to "

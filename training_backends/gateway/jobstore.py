@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
+from uuid import UUID
 
 import sqlalchemy as sa
 
@@ -48,10 +49,12 @@ from training_backends.store.job_counts import change_counts
 __all__ = [
     "CHECKPOINT_MARK",
     "JOB_DIGITS",
+    "OWNER",
     "accept_start",
     "add_event",
     "advance_job",
     "base_model",
+    "begins_with",
     "change_status",
     "checkpoint_name",
     "detailed_job",
@@ -70,6 +73,9 @@ __all__ = [
 
 CHECKPOINT_MARK: Final = ":ckpt-step-"
 """Between the name of a model and the step of one of its checkpoints."""
+OWNER: Final = sa.func.coalesce(jobs.c.project, "")
+"""Project of a job, in a query that has a better index than those by project. SQLite does not know
+how many jobs a project has, and would take one of these."""
 JOB_DIGITS: Final = 8
 """Characters of the job's id at the end of a model's name."""
 SHOWN_ISSUES = 20
@@ -256,6 +262,15 @@ JobOut = CompletionJobOut | ClassifierJobOut
 def load_job(connection: sa.Connection, job_id: str) -> Any:
     """Return the row of a job, or None."""
     return connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).first()
+
+
+def begins_with(digits: str) -> sa.ColumnElement[bool]:
+    """Return the condition on jobs that their ids begin with some digits.
+
+    The limits make it a range of the index, in any collation; LIKE alone reads all jobs.
+    """
+    first, last = (digits + str(UUID(int=end))[len(digits) :] for end in (0, 2**128 - 1))
+    return jobs.c.id.between(first, last) & jobs.c.id.startswith(digits, autoescape=True)
 
 
 def require_job(connection: sa.Connection, job_id: str, caller: Principal) -> Any:

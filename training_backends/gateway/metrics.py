@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from training_backends.gateway.store import GatewayStore, present
 from training_backends.protocols.mistral.status import ACTIVE
-from training_backends.store.gateway_schema import files, jobs
+from training_backends.store.gateway_schema import IS_OPEN, files, jobs
 from training_backends.store.leases import LeaseTable
 from training_backends.store.schema import metrics
 
@@ -132,7 +132,8 @@ def _read_jobs(connection: sa.Connection) -> tuple[dict[str, int], float | None,
     """Return unfinished jobs by status, the oldest in the queue, and the speed of the running."""
     status, created_at = jobs.c.status, jobs.c.created_at
     grouped = sa.select(status, sa.func.count(), sa.func.min(created_at))
-    rows = connection.execute(grouped.where(status.in_(ACTIVE)).group_by(status)).all()
+    active = grouped.where(IS_OPEN, status.in_(ACTIVE)).group_by(status)
+    rows = connection.execute(active).all()
     queued = [row[2] for row in rows if row[0] in {"QUEUED", "VALIDATING"}]
     latest = (
         sa.select(metrics.c.value)
@@ -141,7 +142,7 @@ def _read_jobs(connection: sa.Connection) -> tuple[dict[str, int], float | None,
         .limit(1)
         .scalar_subquery()
     )
-    speed = sa.select(sa.func.sum(latest)).where(status == "RUNNING")
+    speed = sa.select(sa.func.sum(latest)).where(IS_OPEN, status == "RUNNING")
     found = connection.execute(speed).scalar()
     return {row[0]: row[1] for row in rows}, min(queued, default=None), float(found or 0)
 

@@ -17,7 +17,7 @@ from training_backends.gateway.errors import HTTPProblem, invalid
 from training_backends.gateway.keys import Principal, check_project, local_operator
 from training_backends.gateway.store import GatewayStore, present
 from training_backends.protocols.mistral.status import ACTIVE
-from training_backends.store.gateway_schema import files, jobs, keys, projects, uploads
+from training_backends.store.gateway_schema import IS_OPEN, files, jobs, keys, projects, uploads
 
 __all__ = [
     "FOREVER",
@@ -133,7 +133,7 @@ def _list(connection: sa.Connection) -> Sequence[ProjectInfo]:
     running = sa.func.sum(sa.case((_RUNS, 1), else_=0))
     counts = (
         sa.select(jobs.c.project, sa.func.count().label("open"), running.label("running"))
-        .where(jobs.c.status.in_(ACTIVE))
+        .where(IS_OPEN, jobs.c.status.in_(ACTIVE))
         .group_by(jobs.c.project)
     )
     counted = {row.project: row for row in connection.execute(counts)}
@@ -260,7 +260,7 @@ def waiting_jobs(connection: sa.Connection, project: str | None = None) -> Seque
     Args:
         project: None: of all projects.
     """
-    waits = [jobs.c.status == "QUEUED", jobs.c.started_at.is_not(None), ~_RUNS]
+    waits: list[Any] = [IS_OPEN, jobs.c.status == "QUEUED", jobs.c.started_at.is_not(None), ~_RUNS]
     if project is not None:
         waits.append(jobs.c.project == project)
     query = sa.select(jobs.c.id).where(*waits).order_by(jobs.c.started_at).limit(_WOKEN)
@@ -269,7 +269,7 @@ def waiting_jobs(connection: sa.Connection, project: str | None = None) -> Seque
 
 def _count(connection: sa.Connection, project: str, which: sa.ColumnElement[bool]) -> int:
     counted = sa.select(sa.func.count()).select_from(jobs)
-    mine = jobs.c.project == project, jobs.c.status.in_(ACTIVE), which
+    mine = IS_OPEN, jobs.c.project == project, jobs.c.status.in_(ACTIVE), which
     return connection.execute(counted.where(*mine)).scalar_one()
 
 

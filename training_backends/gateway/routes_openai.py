@@ -24,7 +24,7 @@ from training_backends.gateway.repetition import Repetition
 from training_backends.gateway.routes import Caller, Opened, SmallBody, list_response
 from training_backends.gateway.routes_files import FILE_BYTES, send_file
 from training_backends.protocols.mistral.status import ENDED
-from training_backends.protocols.mistral.wire import FileSchema, ModelCard
+from training_backends.protocols.mistral.wire import FileSchema, LegacyJobMetadataOut, ModelCard
 from training_backends.protocols.openai.errors import (
     ErrorAnswer,
     no_file,
@@ -329,7 +329,12 @@ _JOB: dict[int | str, dict[str, Any]] = {200: {"model": FineTuningJob}}
 
 
 @openai_router.post(
-    _JOBS, responses=_JOB | {429: {"model": OpenAIProblem}}, dependencies=[SmallBody]
+    _JOBS,
+    responses={
+        200: {"model": FineTuningJob | LegacyJobMetadataOut},
+        429: {"model": OpenAIProblem},
+    },
+    dependencies=[SmallBody],
 )
 async def create_openai_job(
     job: FineTuningJobIn,

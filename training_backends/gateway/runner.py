@@ -107,8 +107,7 @@ class JobRunner:
 
     async def start(self) -> None:
         """Resume every job that is not over and cleaned up, and watch the runs of all."""
-        query = sa.select(jobs.c.id).where(IS_OPEN).order_by(jobs.c.created_at)
-        for job_id in await self._store.aread(lambda c: c.execute(query).scalars().all()):
+        for job_id in await self._store.aread(_open):
             self.drive(job_id)
         self._tasks.start_soon(self._watch)
         self._tasks.start_soon(self._catch_up)
@@ -396,6 +395,13 @@ class JobRunner:
             log.error("stopping the run failed", reason=error.message)  # noqa: TRY400
         self._stopped.add(job.id)
         return True
+
+
+def _open(connection: sa.Connection) -> list[str]:
+    """Return the ids of the jobs that are not over and cleaned up, oldest first."""
+    # Sorted here: for the order, SQLite would read all jobs.
+    rows = connection.execute(sa.select(jobs.c.created_at, jobs.c.id).where(IS_OPEN)).all()
+    return [job_id for _, job_id in sorted(map(tuple, rows))]
 
 
 def _behind(connection: sa.Connection) -> list[str]:

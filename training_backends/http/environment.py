@@ -51,8 +51,8 @@ def proxy_for(base_url: str) -> httpx.Proxy | None:
     if proxy.scheme.startswith("socks") and find_spec("socksio") is None:
         raise BackendNotInstalled(
             f"{_variable(chosen)} names a SOCKS proxy, which needs the package socksio.",
-            install="pip install 'httpx[socks]'",
-            hint="Install it with `pip install 'httpx[socks]'`, or use an HTTP proxy.",
+            install="pip install 'training-backends[socks]'",
+            hint="Install it with `pip install 'training-backends[socks]'`, or use an HTTP proxy.",
         )
     try:
         return httpx.Proxy(f"{proxy.scheme}://{proxy.address}", auth=proxy.auth)

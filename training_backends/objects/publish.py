@@ -1,24 +1,21 @@
-"""Copies of a result in an object store: the files first, then a manifest with their digests."""
+"""Copies of directories in an object store: the files first, then a manifest with their digests."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
-from uuid import uuid4
 
 from training_backends.core.errors import BackendUnavailable, ConfigError, RunNotFound
-from training_backends.core.files import digest_of
-from training_backends.objects.store import BLOCK, ObjectStore
+from training_backends.core.files import digest_of, make_private_directory
+from training_backends.objects.store import ObjectStore
 
-__all__ = ["MANIFEST", "fetch", "publish"]
+__all__ = ["MANIFEST", "fetch", "path_below", "publish"]
 
 MANIFEST: Final = "manifest.json"
 """Written last: without it, a copy is incomplete."""
 _BEGUN: Final = "manifest.begun.json"
-"""The files that an incomplete copy has: another attempt continues after them."""
+"""The files that an incomplete copy has."""
 
 
 def publish(
@@ -26,12 +23,17 @@ def publish(
     store: ObjectStore,
     about: Mapping[str, str],
     on_progress: Callable[[str, int, int], None] | None = None,
+    *,
+    replace: bool = False,
 ) -> None:
     """Copy a file or the files of a directory, unless a complete copy of them is there. Blocking.
+
+    A copy that was interrupted is continued.
 
     Args:
         about: Stored in the manifest, for example the run.
         on_progress: Called with a name, the bytes copied and all bytes.
+        replace: Replace a copy of something else.
 
     Raises:
         ConfigError: There is a copy of something else.
@@ -48,65 +50,70 @@ def publish(
     if known is not None:
         if known.get("files") == files:
             return
-        raise ConfigError(
-            f"{store.url} has another result.", hint="Choose a URL with nothing below it."
-        )
+        if not replace:
+            raise ConfigError(
+                f"{store.url} has another result.", hint="Choose a URL with nothing below it."
+            )
+        store.remove(MANIFEST)
     before = (_read(store, _BEGUN) or {}).get("files", [])
+    if any(entry not in files for entry in before):  # of something else
+        store.remove(_BEGUN)
+        before = []
     copied: list[dict[str, Any]] = []
     done, total = 0, sum(digest.size for _, digest in found.values())
-    for entry, (path, digest) in zip(files, found.values(), strict=True):
-        name = str(entry["name"])
+    for entry, (name, (path, digest)) in zip(files, found.items(), strict=True):
         if entry not in before:
             store.put(name, path)
-        if store.info(name).size != digest.size:
-            raise BackendUnavailable(f"{store.place(name)}: the object is incomplete.")
         copied.append(entry)
         if entry not in before and len(copied) < len(files):
             store.write(_BEGUN, json.dumps({"files": copied}).encode())
+        if store.info(name).size != digest.size:
+            raise BackendUnavailable(f"{store.place(name)}: the object is incomplete.")
         done += digest.size
         if on_progress:
             on_progress(name, done, total)
     store.write(MANIFEST, json.dumps({**about, "files": files}, indent=2).encode())
-    store.remove(_BEGUN)
+    if len(files) > 1:
+        store.remove(_BEGUN)
 
 
-def fetch(store: ObjectStore, target: Path) -> None:
-    """Copy the files of a complete copy to a new directory, atomically. Blocking.
+def fetch(store: ObjectStore, target: Path) -> bool:
+    """Copy a published directory to this machine; return False if there is none. Blocking.
+
+    A copy that was interrupted is continued. One process at a time.
 
     Raises:
-        RunNotFound: There is no complete copy.
-        ConfigError: The directory is not empty.
-        BackendUnavailable: The store cannot be used, or a file has another digest.
+        BackendUnavailable: The store cannot be used, or a file differs from the manifest.
     """
     manifest = _read(store, MANIFEST)
     if manifest is None:
-        raise RunNotFound(f"There is no complete copy of a result at {store.url}.")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists and is not empty.", hint="Choose a new directory.")
-    partial = target.with_name(f".{target.name}.{uuid4().hex}")
-    try:
-        for entry in manifest["files"]:
-            name = PurePosixPath(entry["name"])
-            if name.is_absolute() or ".." in name.parts:
-                raise BackendUnavailable(f"{store.place(MANIFEST)}: invalid name of a file.")
-            _fetch(store, str(name), partial / name, entry["sha256"])
-        with suppress(FileNotFoundError):
-            target.rmdir()
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        return False
+    temporary = target.with_name(f".{target.name}.tmp")
+    make_private_directory(temporary)
+    for each in manifest.get("files", ()):
+        path = path_below(temporary, each["name"])
+        if path.is_file() and digest_of(path).sha256 == each["sha256"]:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store.get(each["name"], path)
+        if digest_of(path).sha256 != each["sha256"]:
+            path.unlink()
+            raise BackendUnavailable(f"{store.place(each['name'])}: differs from the manifest.")
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    return True
 
 
-def _fetch(store: ObjectStore, name: str, path: Path, sha256: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    size, digest = store.info(name).size, hashlib.sha256()
-    with path.open("xb") as file:
-        for start in range(0, size, BLOCK):
-            block = store.read(name, start, min(start + BLOCK, size))
-            digest.update(block)
-            file.write(block)
-    if digest.hexdigest() != sha256:
-        raise BackendUnavailable(f"{store.place(name)}: the content is not that of the result.")
+def path_below(directory: Path, name: str) -> Path:
+    """Return the path of a file whose name comes from a store.
+
+    Raises:
+        ConfigError: It would be outside of the directory.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ConfigError(f"The object store has a file with an unexpected name, {name!r}.")
+    return directory / path
 
 
 def _read(store: ObjectStore, name: str) -> dict[str, Any] | None:

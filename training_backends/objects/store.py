@@ -154,10 +154,15 @@ class ObjectStore:
         if not parts.netloc:
             raise ConfigError(f"{url}: the name of the bucket is missing.")
         self.url = url.rstrip("/")
-        hide_secrets(options or {})
+        self._options = dict(options or {})
+        hide_secrets(self._options)
         with self.errors(""):
-            self._fs = _open(self.scheme, dict(options or {}))
+            self._fs = _open(self.scheme, dict(self._options))
             self._root = str(self._fs._strip_protocol(self.url)).rstrip("/")  # noqa: SLF001
+
+    def below(self, directory: str) -> "ObjectStore":
+        """Return the store of the objects below a directory."""
+        return ObjectStore(self.place(directory), self._options)
 
     def place(self, name: str) -> str:
         """Return the URL of an object; the empty name is that of the store itself."""
@@ -197,20 +202,44 @@ class ObjectStore:
         with self.errors(name):
             self._fs.put_file(str(path), self._key(name))
 
+    def get(self, name: str, path: Path) -> None:
+        """Download an object to a file."""
+        with self.errors(name):
+            self._fs.get_file(self._key(name), str(path))
+
     def upload(self, name: str) -> ObjectUpload:
         """Begin to write an object in parts."""
         with self.errors(name):
             return ObjectUpload(self, name, self._fs.open(self._key(name), "wb", block_size=BLOCK))
 
-    def copy(self, source: str, target: str) -> None:
-        """Copy an object within the store, without transferring it to this machine."""
+    def copy(self, source: str, target: str, *, to: "ObjectStore | None" = None) -> None:
+        """Copy an object within the store, without transferring it to this machine.
+
+        Args:
+            to: Where `target` is: another part of the same store.
+        """
         with self.errors(source):
-            self._fs.cp_file(self._key(source), self._key(target))
+            self._fs.cp_file(self._key(source), (to or self)._key(target))  # noqa: SLF001
 
     def remove(self, name: str) -> None:
         """Remove an object; safe to repeat."""
         with self.errors(name), suppress(FileNotFoundError):
             self._fs.rm_file(self._key(name))
+
+    def remove_all(self, directory: str = "") -> None:
+        """Remove the objects below a directory; safe to repeat."""
+        with self.errors(directory), suppress(FileNotFoundError):
+            if self.scheme == "s3":
+                self._fs.invalidate_cache()
+            self._fs.rm(self._key(directory), recursive=True)
+
+    def files(self, directory: str = "") -> Sequence[ObjectInfo]:
+        """Return the objects directly below a directory, in one request up to 1,000."""
+        return [
+            _info(name, details)
+            for name, details in self._children(directory)
+            if details["type"] == "file"
+        ]
 
     def list(self, directory: str = "") -> Iterator[ObjectInfo]:
         """Yield the objects below a directory, by their names in this store."""
@@ -221,16 +250,22 @@ class ObjectStore:
 
     def directories(self, directory: str) -> Sequence[str]:
         """Return the names of the directories directly below one."""
+        return [
+            name for name, details in self._children(directory) if details["type"] == "directory"
+        ]
+
+    def _children(self, directory: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         with self.errors(directory):
+            if self.scheme == "s3":  # which keeps listings in any case
+                self._fs.invalidate_cache()
             try:
                 found = self._fs.ls(self._key(directory), detail=True)
             except FileNotFoundError:
-                return []
-        return [
-            each["name"].rstrip("/").removeprefix(f"{self._root}/")
-            for each in found
-            if each["type"] == "directory"
-        ]
+                return
+        for each in found:
+            name = each["name"].rstrip("/").removeprefix(f"{self._root}/")
+            if name != self._root:  # the placeholder of a directory
+                yield name, each
 
     def check(self) -> None:
         """Make a request that fails if the store cannot be used.

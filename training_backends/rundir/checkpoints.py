@@ -6,6 +6,7 @@ every other file. `checkpoints/.step-N.*` is being written or removed, or is dam
 
 import shutil
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -20,6 +21,7 @@ __all__ = [
     "DamagedCheckpoint",
     "FoundCheckpoints",
     "IntactCheckpoint",
+    "best_step",
     "damage_of",
     "describe_files",
     "find_best",
@@ -91,13 +93,17 @@ def find_newest(run: RunDir) -> FoundCheckpoints:
 
 def find_best(run: RunDir) -> IntactCheckpoint | None:
     """Return the checkpoint with the lowest validation loss, without reading all of its files."""
-    measured = [
-        IntactCheckpoint(path, state)
-        for path, state in run.read_checkpoints()
-        if "valid_loss" in state.metrics
-    ]
+    found = {state.step: IntactCheckpoint(path, state) for path, state in run.read_checkpoints()}
+    best = best_step(each.state for each in found.values())
+    return None if best is None else found[best]
+
+
+def best_step(states: Iterable[CheckpointState]) -> int | None:
+    """Return the step of the checkpoint with the lowest validation loss; None without any."""
+    measured = [state for state in states if "valid_loss" in state.metrics]
     # Of equal ones the first, as with early stopping.
-    return min(measured, key=lambda each: each.state.metrics["valid_loss"], default=None)
+    best = min(measured, key=lambda state: state.metrics["valid_loss"], default=None)
+    return None if best is None else best.step
 
 
 def damage_of(path: Path) -> str | None:

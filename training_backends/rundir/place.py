@@ -27,7 +27,7 @@ def make_place(home: Path) -> Place:
     with hold_lock(home / f".{_MARK}.lock"):
         place = find_place(home)
         if place is None:
-            write_atomic(home / _MARK, uuid4().hex)
+            write_atomic(home / _MARK, uuid4().hex, private=True)
     return place or make_place(home)
 
 

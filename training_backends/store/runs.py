@@ -19,7 +19,7 @@ from training_backends.store.job_counts import recount_jobs
 from training_backends.store.journal import SavedStep, put_back
 from training_backends.store.schema import IS_LIVE, as_text, deliveries, documents, runs
 
-__all__ = ["LiveRuns", "Runs", "change_run", "find_run"]
+__all__ = ["LiveRuns", "Runs", "among", "change_run", "find_run"]
 
 _CANDIDATES: Final = 6
 _BATCH: Final = 500
@@ -153,9 +153,9 @@ class Runs(Database):
             if only is None:
                 found = connection.execute(query).all()
             else:
-                found = list(_among(connection, query, runs.c.id, only))
+                found = list(among(connection, query, runs.c.id, only))
             changed = [row.id for row in found if known.get(row.id) != row.version]
-            rows = list(_among(connection, _WITH_DOCUMENT, runs.c.id, changed))
+            rows = list(among(connection, _WITH_DOCUMENT, runs.c.id, changed))
         return LiveRuns(
             versions={row.id: row.version for row in found},
             changed=[_load(row) for row in rows],
@@ -187,14 +187,14 @@ class Runs(Database):
         Unknown ids are skipped.
         """
         with self._writing() as connection:
-            for row in list(_among(connection, _WITH_DOCUMENT, runs.c.id, run_ids)):
+            for row in list(among(connection, _WITH_DOCUMENT, runs.c.id, run_ids)):
                 change_run(connection, row, change)
 
     def claimed(self, run_id: str, remote_ids: Collection[str]) -> frozenset[str]:
         """Return the provider job ids that belong to other runs."""
         query = sa.select(runs.c.remote_id).where(runs.c.id != run_id)
         with self._reading() as connection:
-            found = _among(connection, query, runs.c.remote_id, remote_ids)
+            found = among(connection, query, runs.c.remote_id, remote_ids)
             return frozenset(row.remote_id for row in found)
 
 
@@ -291,7 +291,7 @@ def _batches(values: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _among(
+def among(
     connection: sa.Connection,
     query: sa.Select[Any],
     column: sa.ColumnElement[Any],

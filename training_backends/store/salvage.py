@@ -12,6 +12,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ _PARTS: Final = ("", "-wal", "-shm")
 """Suffixes of the files of a SQLite database in WAL mode."""
 _MAGIC: Final = b"SQLite format 3\0"
 _HEADER: Final = 100
+_STEPS: Final = 10_000
+"""Instructions of SQLite between two looks at the clock; some milliseconds."""
 _LOCKED_BYTES: Final = (510, 0x40000002)
 """Every process with an open database in WAL mode holds a shared lock in this range
 (https://www.sqlite.org/src/file/src/os.h, SHARED_FIRST and SHARED_SIZE)."""
@@ -57,10 +60,13 @@ class Salvage:
     gateway: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
-def check(url: str) -> list[str]:
+def check(url: str, *, within: float | None = None) -> list[str]:
     """Return the problems of a store, one line each, without changing it.
 
     A store that does not exist yet has no problems.
+
+    Args:
+        within: Seconds after which to return what was found; None: check everything.
     """
     path = sqlite_file(url)
     if path is None or not path.exists():
@@ -68,10 +74,14 @@ def check(url: str) -> list[str]:
     problems = []
     try:
         with closing(_open(path, "ro")) as connection:
+            if within is not None:
+                end = time.monotonic() + within
+                connection.set_progress_handler(lambda: time.monotonic() > end, _STEPS)
             for problem in _problems(connection):
                 problems.append(problem)  # noqa: PERF402  # keep those found before an error
     except sqlite3.Error as error:
-        problems.append(str(error))
+        if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_INTERRUPT:
+            problems.append(str(error))
     return problems
 
 
@@ -141,11 +151,6 @@ def salvage(path: Path) -> Salvage:
 
 
 def _problems(connection: sqlite3.Connection) -> Iterator[str]:
-    for (found,) in connection.execute("PRAGMA quick_check(20)"):
-        if found != "ok":
-            yield str(found)
-    for table, row, parent, _ in connection.execute("PRAGMA foreign_key_check"):
-        yield f"row {row} of {table} has no parent row in {parent}"
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     if "alembic_version" in tables:
         # Revisions compare as text. An older one is no problem: it is migrated on open.
@@ -154,6 +159,11 @@ def _problems(connection: sqlite3.Connection) -> Iterator[str]:
             yield f"its revision is {found}; this version supports {REVISION}"
     elif tables and "schema_version" not in tables:
         yield "it is the database of another program"
+    for (found,) in connection.execute("PRAGMA quick_check(20)"):
+        if found != "ok":
+            yield str(found)
+    for table, row, parent, _ in connection.execute("PRAGMA foreign_key_check"):
+        yield f"row {row} of {table} has no parent row in {parent}"
 
 
 def _require_unused(path: Path) -> None:

@@ -19,6 +19,7 @@ from training_backends.core.run import (
     LogRecord,
     LogSource,
     Observation,
+    Prompt,
     Reply,
     RunState,
     TrainingRun,
@@ -61,6 +62,7 @@ class ScriptedBackend(TrainingBackend):
             resumes="checkpoint",
             downloads=True,
             samples=True,
+            samples_chats=True,
             deletes=True,
         )
         self._jobs: dict[str, RunState] = {}
@@ -179,10 +181,11 @@ class ScriptedBackend(TrainingBackend):
         await anyio.Path(target / "model.txt").write_text(run.id, encoding="utf-8")
         return target
 
-    async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
-        """Echo the prompt, with one character per token."""
+    async def sample(self, run: TrainingRun, prompt: Prompt, *, max_tokens: int = 64) -> Reply:
+        """Echo the prompt, or the last message of several, with one character per token."""
         self._job(run)
-        return Reply(answer=prompt[:max_tokens])
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        return Reply(answer=text[:max_tokens])
 
     async def delete(self, run: TrainingRun) -> None:
         """Delete the job."""

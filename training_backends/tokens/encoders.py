@@ -23,7 +23,6 @@ from training_backends.datasets.rows import (
     CONTROL_TEXT,
     ChatRow,
     Control,
-    Message,
     TextRow,
     byte_encode,
 )
@@ -145,8 +144,8 @@ class Encoder(Protocol):
         """
         ...
 
-    def prompt(self, text: str) -> list[int]:
-        """Return the token ids of a user message as a generation prompt."""
+    def prompt(self, row: ChatRow) -> list[int]:
+        """Return the token ids of a conversation that ends with the user, to be continued."""
         ...
 
     def decode(self, ids: list[int], *, keep_controls: bool = False) -> str:
@@ -255,9 +254,9 @@ class ByteEncoder:
         del prefix, middle, suffix
         raise _no_filling_in(TINY_MODEL)
 
-    def prompt(self, text: str) -> list[int]:
-        """Encode one user message."""
-        return byte_encode(ChatRow([Message("user", text)]))[0]
+    def prompt(self, row: ChatRow) -> list[int]:
+        """Encode the messages."""
+        return byte_encode(row)[0]
 
     def decode(self, ids: list[int], *, keep_controls: bool = False) -> str:
         """Decode the bytes."""
@@ -287,7 +286,7 @@ class MistralEncoder:
         except ImportError as error:
             raise TokenizerError(
                 f"The tokenizer {source.name} requires sentencepiece: "
-                "pip install 'mistral-common[sentencepiece]'"
+                "pip install 'training-backends[tokens]'"
             ) from error
         self._tokens = self._training.instruct_tokenizer.tokenizer
         self.eos_id: int = self._tokens.eos_id
@@ -389,9 +388,8 @@ class MistralEncoder:
                 start = position + 1
         return spans
 
-    def prompt(self, text: str) -> list[int]:
-        """Encode one user message."""
-        row = ChatRow([Message("user", text)])
+    def prompt(self, row: ChatRow) -> list[int]:
+        """Encode the messages."""
         request = self._request.model_validate(chat_request(row))
         return list(self._asking.encode_chat_completion(request).tokens)
 
@@ -510,12 +508,13 @@ class TemplateEncoder:
             counts += [False] + [True] * len(tokens)
         return Encoded([*ids, self.eos_id], [*counts, True])
 
-    def prompt(self, text: str) -> list[int]:
-        """Encode one user message, or plain text for a model without a chat template."""
-        if self._template is None:
-            return self._encode_text(text).ids[:-1]
+    def prompt(self, row: ChatRow) -> list[int]:
+        """Encode the messages, or the only one as text for a model without a chat template."""
+        if self._template is None and len(row.messages) == 1:
+            return self._encode_text(row.messages[0].text).ids[:-1]
+        template = self._require_template()
         with self._explaining():
-            return self._ids(self._template.prompt([{"role": "user", "content": text}]))
+            return self._ids(template.prompt(Conversation.of(row).messages))
 
     def decode(self, ids: list[int], *, keep_controls: bool = False) -> str:
         """Decode with the tokenizer."""

@@ -1,5 +1,6 @@
 """`python -m training_backends.trainer`: `train`, `ray`, `track`, `answer`, `merge` and others."""
 
+import json
 import os
 import sys
 import threading
@@ -13,6 +14,8 @@ from training_backends.trainer.environment import importing, take_secrets
 
 if TYPE_CHECKING:
     from argparse import Namespace
+
+    from training_backends.core.run import Prompt
 
 __all__ = ["main"]
 
@@ -46,8 +49,10 @@ def _parsed(arguments: list[str]) -> "Namespace":
     working = commands.add_parser("work", help="train as one of several processes; see `launch`")
     working.add_argument("run_dir", type=Path)
     working.add_argument("parent", type=int, nargs="?", help="exit when this process has exited")
+    working.add_argument("--stored", help="URL of the run, if each process has its own directory")
     on_ray = commands.add_parser("ray", help="train on the Ray cluster that runs this")
-    on_ray.add_argument("run_dir", type=Path)
+    on_ray.add_argument("run_dir", help="its path, or its URL in an object store")
+    on_ray.add_argument("--scratch", help="directory of this node, for a run in an object store")
     on_ray.add_argument("--cpus", type=float, default=1.0, help="of each worker")
     on_ray.add_argument("--gpus", type=int, default=0, help="of each worker")
     on_ray.add_argument("--accelerator", help="Ray's name of the type of GPU")
@@ -59,6 +64,7 @@ def _parsed(arguments: list[str]) -> "Namespace":
     exporting.add_argument("checkpoint", help="its name, such as step-120")
     exporting.add_argument("target", type=Path)
     sampling = commands.add_parser("sample", help="generate an answer to one prompt")
+    sampling.add_argument("--messages", action="store_true", help="the prompt is JSON: messages")
     sampling.add_argument("model", help="tiny-mistral, a directory, or a model on the Hub")
     sampling.add_argument(
         "--prompt", help="the prompt, or a text to classify; default: standard input"
@@ -85,7 +91,7 @@ def _other(given: "Namespace") -> int:
     if given.command == "work":
         from training_backends.trainer.process import work  # noqa: PLC0415
 
-        return int(work(given.run_dir, given.parent))
+        return int(work(given.run_dir, given.parent, given.stored))
     if given.command == "answer":
         return _answer(given.state, given.model, given.idle)
     if given.command == "track":
@@ -103,7 +109,9 @@ def _other(given: "Namespace") -> int:
     if given.command == "export":
         return _export(given.run_dir, given.checkpoint, given.target)
     prompt = sys.stdin.buffer.read() if given.prompt is None else given.prompt.encode(*_UTF_8)
-    return _sample(given.model, prompt.decode(*_UTF_8), given.seed, given.max_tokens)
+    text = prompt.decode(*_UTF_8)
+    asked = json.loads(text) if given.messages else text
+    return _sample(given.model, asked, given.seed, given.max_tokens)
 
 
 def _export(path: Path, checkpoint: str, target: Path) -> int:
@@ -137,7 +145,7 @@ def _fetch(model: str) -> int:
     return 0
 
 
-def _sample(model: str, prompt: str, seed: int, max_tokens: int) -> int:
+def _sample(model: str, prompt: "Prompt", seed: int, max_tokens: int) -> int:
     # Imported here: a queued `train` must not load torch or pydantic.
     if code := _fetch(model):
         return code

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from training_backends.core.files import write_atomic
+from training_backends.core.run import Prompt
 from training_backends.tokens.encoders import TokenizerError
 from training_backends.trainer.errors import TrainerError, exit_code_of
 from training_backends.trainer.generate import answer
@@ -27,7 +28,7 @@ _LOOK_AGAIN: Final = 0.2
 _READ_WITHIN: Final = 10.0
 _LONGEST: Final = 2**26
 
-Answer = Callable[[str, int], dict[str, Any]]
+Answer = Callable[[Prompt, int], dict[str, Any]]
 
 
 def _load(model: str, seed: int) -> Answer:
@@ -42,15 +43,17 @@ def _load(model: str, seed: int) -> Answer:
     loaded = load_model(model, seed=seed, tuning=None, device=device)
     model_here = loaded.model.to(device)
 
-    def respond(prompt: str, max_tokens: int) -> dict[str, Any]:
+    def respond(prompt: Prompt, max_tokens: int) -> dict[str, Any]:
         if loaded.targets:
+            if not isinstance(prompt, str):
+                raise TypeError("a classifier takes a text, not a conversation")
             return {"labels": classify(model_here, loaded.encoder, loaded.targets, prompt)}
         return {"answer": answer(model_here, loaded.encoder, prompt, max_tokens)}
 
     return respond
 
 
-def answer_once(model: str, prompt: str, *, seed: int, max_tokens: int) -> int:
+def answer_once(model: str, prompt: Prompt, *, seed: int, max_tokens: int) -> int:
     """Print the answer to one prompt; return the exit code."""
     try:
         respond = _load(model, seed)

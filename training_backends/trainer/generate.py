@@ -1,4 +1,4 @@
-"""Generate an answer to one prompt with greedy decoding, which is deterministic."""
+"""Generate answers with greedy decoding, which is deterministic."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from training_backends.core.run import Prompt
+from training_backends.datasets.rows import ChatRow, Message
 from training_backends.tokens.encoders import Encoder
 
 __all__ = ["answer", "end_ids", "evaluating"]
@@ -24,13 +26,17 @@ def evaluating(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def answer(model: Any, encoder: Encoder, prompt: str, max_tokens: int) -> str:
-    """Return the model's answer to a user message.
+def answer(model: Any, encoder: Encoder, prompt: Prompt, max_tokens: int) -> str:
+    """Return the model's answer to a user message or a conversation.
 
     Args:
         max_tokens: Maximum length of the answer.
     """
-    ids, ends = encoder.prompt(prompt), end_ids(model, encoder)
+    if isinstance(prompt, str):
+        row = ChatRow([Message("user", prompt)])
+    else:
+        row = ChatRow([Message(said["role"], said["content"]) for said in prompt])
+    ids, ends = encoder.prompt(row), end_ids(model, encoder)
     start = torch.tensor([ids], device=model.device)
     with evaluating(model):
         out = model.generate(

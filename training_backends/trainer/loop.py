@@ -472,7 +472,7 @@ class TrainingLoop:
         return total, results
 
     def _save(self, step: int) -> None:
-        if not self._world.is_leader:
+        if not (self._world.is_leader or self._world.is_apart):
             self._fill(Path(self._world.broadcast("")))
             return
         metrics = self._reporter.checkpoint_metrics(step)
@@ -489,7 +489,8 @@ class TrainingLoop:
 
     def _fill(self, directory: Path) -> None:
         if self._world.is_leader:
-            self._world.broadcast(str(directory))
+            if not self._world.is_apart:
+                self._world.broadcast(str(directory))
             self._fill_more(directory)
         save_tensors(directory, self._weights, self._optimizer)
 

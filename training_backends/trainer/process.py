@@ -197,7 +197,7 @@ def _record_of(result: ResultRecord | None, step: int) -> ExitRecord:
     return ExitRecord(status="completed", code=TrainerExitCode.DONE, step=step, result=result)
 
 
-def work(path: Path, parent: int | None = None) -> TrainerExitCode:
+def work(path: Path, parent: int | None = None, stored: str | None = None) -> TrainerExitCode:
     """Train as one of several processes, as the environment describes; see `launch`.
 
     How the run ended is reported to the process that holds the run directory's lock. Any exit code
@@ -205,6 +205,7 @@ def work(path: Path, parent: int | None = None) -> TrainerExitCode:
 
     Args:
         parent: Id of the parent process; this process exits when that has exited.
+        stored: URL of the run in an object store, if each process has a directory of its own.
     """
     if parent is not None:
         Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
@@ -226,7 +227,7 @@ def work(path: Path, parent: int | None = None) -> TrainerExitCode:
     try:
         # The agent ends processes with SIGTERM; a stop request of its parent is a file.
         with nullcontext() if parent else stop.listening():
-            world = join_world(choose_device(spec.device))
+            world = join_world(choose_device(spec.device), is_apart=stored is not None)
             process = TrainingProcess(
                 run if world.is_leader else _SilentRunDir(path),
                 spec,
@@ -234,6 +235,7 @@ def work(path: Path, parent: int | None = None) -> TrainerExitCode:
                 world,
                 max_rows=outcome.max_rows(),
                 on_halved=restart,
+                **({"fetch_shares": partial(_fetch_shares, stored, run)} if stored else {}),
             )
             result = process.run()
     except Exception as error:
@@ -245,6 +247,12 @@ def work(path: Path, parent: int | None = None) -> TrainerExitCode:
     if world.is_leader:
         outcome.report(_record_of(result, process.step))
     return TrainerExitCode.DONE
+
+
+def _fetch_shares(stored: str, run: RunDir, step: int) -> str | None:
+    from training_backends.rundir.stored import StoredRun  # noqa: PLC0415  # rarely needed
+
+    return StoredRun.at(stored).fetch_shares(step, run)
 
 
 class _OutOfMemory(Exception):

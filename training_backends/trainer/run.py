@@ -174,6 +174,8 @@ class TrainingProcess:
     Args:
         on_halved: Called in a process of several that ran out of memory, with the number of rows
             that may fit; raises an exception to start all of them again.
+        fetch_shares: Brings what other processes have written to the checkpoint of a step, if
+            they have directories of their own; returns what is wrong with it.
     """
 
     def __init__(
@@ -185,6 +187,7 @@ class TrainingProcess:
         *,
         max_rows: int | None = None,
         on_halved: Callable[[int], None] | None = None,
+        fetch_shares: Callable[[int], str | None] = lambda _: None,
     ) -> None:
         self._run = run
         self._spec = spec
@@ -192,6 +195,7 @@ class TrainingProcess:
         self._world = world
         self._max_rows = max_rows
         self._on_halved = on_halved or self._warn_of_halving
+        self._fetch_shares = fetch_shares
         self._data: list[DataFacts] = []
         self.step = 0
 
@@ -290,6 +294,8 @@ class TrainingProcess:
         device: torch.device = model.device
         precision = self._precision(device)
         start = world.broadcast(newest_checkpoint(self._run) if world.is_leader else None)
+        if start is not None:  # the leader's path
+            start = start._replace(path=self._run.checkpoints / start.path.name)
         before = json.loads((start.path / _STATE).read_bytes()) if start else {}
         self._compare(before)
         micro = self._micro_batch(model, before)
@@ -368,7 +374,12 @@ class TrainingProcess:
             return loaded
         fresh = self._load_model(device)
         model = self._adapted(fresh)
-        self._load_weights(model, best or self.step)
+        step = best or self.step
+        if reason := self._fetch_shares(step):
+            raise TrainerError(
+                f"Checkpoint step-{step} is damaged: {reason}", kind="internal", retryable=True
+            )
+        self._load_weights(model, step)
         return replace(fresh, model=model)
 
     def _ask_reference(

@@ -24,11 +24,16 @@ dead process at once.
 
 
 class World:
-    """The processes of a run; by default a single one. All methods are collective."""
+    """The processes of a run; by default a single one. All methods are collective.
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    Attributes:
+        is_apart: Each process has a run directory of its own.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, *, is_apart: bool = False) -> None:
         self.rank = rank
         self.size = size
+        self.is_apart = is_apart
 
     @property
     def is_leader(self) -> bool:
@@ -105,16 +110,19 @@ class World:
 ALONE: Final = World()
 
 
-def join_world(device: torch.device) -> World:
+def join_world(device: torch.device, *, is_apart: bool = False) -> World:
     """Join the process group that the environment describes, as torch's elastic agent sets it.
 
     A group that exists already, such as Ray Train's, is used as it is.
+
+    Args:
+        is_apart: See `World`.
     """
     if not distributed.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return ALONE
         _connect(device, rank=int(os.environ["RANK"]), size=int(os.environ["WORLD_SIZE"]))
-    return World(distributed.get_rank(), distributed.get_world_size())
+    return World(distributed.get_rank(), distributed.get_world_size(), is_apart=is_apart)
 
 
 def _connect(device: torch.device, *, rank: int, size: int) -> None:

@@ -38,3 +38,7 @@ async def test_neither_the_question_nor_the_token_is_an_argument(
     ((command, given),) = seen
     assert "why?" not in " ".join(command)
     assert given == b"huggingface-token\nwhy?\n\0 ?"
+    await ask_model("org/model", [{"role": "user", "content": "a \udcff"}], child_env=child_env)
+    command, given = seen[1]
+    assert command[-1] == "--messages"
+    assert given == b'huggingface-token\n[{"role": "user", "content": "a ?"}]'

@@ -1,5 +1,6 @@
 """Status, logs, stop, resume and the rest, against a provider that moves by itself."""
 
+import json
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -12,6 +13,7 @@ from training_backends import (
     AuthenticationFailed,
     BackendRetired,
     BackendUnavailable,
+    ChatMessage,
     ConfigError,
     CredentialNotFound,
     DatasetError,
@@ -421,6 +423,21 @@ async def test_the_hosted_service_has_no_download_and_no_chat(
     assert "gateway" in str(caught.value.hint)
     with pytest.raises(UnsupportedOperation):
         await backend.sample(done, "hello")
+
+
+async def test_a_conversation_is_asked_as_it_is(
+    backend: MistralAPIBackend, provider: ScriptedProvider, run: TrainingRun
+) -> None:
+    """The server gets all messages."""
+    job = provider.jobs[provider.add_job({"model": "m"}, status="SUCCESS")]
+    job.fine_tuned_model = "ft:x"
+    said: list[ChatMessage] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "hello"},
+    ]
+    done = run.model_copy(update={"result_model": "ft:x"})
+    assert (await backend.sample(done, said)).answer == "hello"
+    assert json.loads(provider.requests[-1].body)["messages"] == said
 
 
 async def test_a_server_without_the_model_says_so(

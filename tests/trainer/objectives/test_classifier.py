@@ -12,6 +12,7 @@ from msgspec import DecodeError
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from tests.pages import code_blocks
 from tests.trainer.continuing import assert_continues_bit_equal, train_to_continue
 from tests.trainer.encoding import examples_of
 from tests.trainer.plain import save_tiny
@@ -205,6 +206,19 @@ def test_the_result_is_a_classifier_of_transformers(finished: RunDir, topics: Pa
         rows += 1
         right += targets[0]["labels"][int(logits[:3].argmax())] == row["labels"]["topic"]
     assert right / rows >= 0.95
+
+
+@pytest.mark.engine
+def test_the_page_loads_a_classifier(
+    finished: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its program prints the probabilities of each target's labels."""
+    (program,) = (each.text for each in code_blocks("local.md") if each.title == "classify.py")
+    monkeypatch.chdir(finished.path)
+    exec(program.replace("DIR", str(finished.result.relative_to(finished.path))), {})
+    topic, words = capsys.readouterr().out.splitlines()
+    assert topic.startswith("topic {'pets': 0.")
+    assert words.startswith("words {'cat': ")
 
 
 @pytest.mark.engine

@@ -80,6 +80,7 @@ from training_backends.core.integrations import INTEGRATION_FIELDS
 from training_backends.core.run import (
     Observation,
     Place,
+    Prompt,
     Reply,
     RunState,
     TrainingRun,
@@ -173,6 +174,7 @@ class LocalBackend(TrainingBackend):
             downloads=True,
             downloads_checkpoints=True,
             samples=True,
+            samples_chats=True,
             deletes=True,
             lists_remote=True,
             provider_format=LOCAL,
@@ -254,7 +256,7 @@ class LocalBackend(TrainingBackend):
 
         spec = await to_thread.run_sync(build)
         with reporting_disk(run):
-            self._place = await to_thread.run_sync(make_place, self._home)
+            self._place = await to_thread.run_sync(self._make_place)
         await journal.record(
             RunState(status=TrainingStatus.PENDING, remote_id=run.id, place=self._place)
         )
@@ -327,6 +329,9 @@ class LocalBackend(TrainingBackend):
     def _here(self, state: RunState) -> RunState:
         return state.model_copy(update={"place": self._known_place()})
 
+    def _make_place(self) -> Place:
+        return make_place(self._home)
+
     def _known_place(self) -> Place | None:
         if self._place is None:
             self._place = find_place(self._home)
@@ -397,11 +402,17 @@ class LocalBackend(TrainingBackend):
         target = self._directory(new_run)
 
         async def copy() -> dict[str, int]:
-            step = await to_thread.run_sync(copy_checkpoint, run, source, target, checkpoint)
-            return {"step": step}
+            copying = partial(self._copy_checkpoint, run, source, target, checkpoint)
+            return {"step": await to_thread.run_sync(copying)}
 
         await journal.step("copy-checkpoint", copy, repeatable=True)
         return await self._start(new_run, journal, source)
+
+    def _copy_checkpoint(
+        self, run: TrainingRun, source: RunDir, target: RunDir, requested: str | None
+    ) -> int:
+        """Give a new run the checkpoint of another; return the step, 0 if none."""
+        return copy_checkpoint(run, source, target, requested)
 
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
         """List the runs that have a directory here."""
@@ -429,7 +440,7 @@ class LocalBackend(TrainingBackend):
             await run_trainer(command, f"Cannot write {path.name} as a model", child_env)
         return target
 
-    async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
+    async def sample(self, run: TrainingRun, prompt: Prompt, *, max_tokens: int = 64) -> Reply:
         """Generate an answer in a separate process, with greedy decoding."""
         directory = await to_thread.run_sync(self._existing, run)
         result = await to_thread.run_sync(self._result, directory, "prompt")

@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -21,7 +21,9 @@ __all__ = [
     "named_checkpoint",
     "reason_of",
     "reporting_disk",
+    "require_ended",
     "require_space",
+    "unknown_checkpoint",
 ]
 
 _LEAST_SPACE: Final = 32 * 2**20
@@ -83,6 +85,22 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def require_ended(run: TrainingRun, source: RunDir) -> None:
+    """Require that a run has finished.
+
+    Raises:
+        DuplicateRun: It is still training.
+    """
+    if not read_ending(source):
+        raise DuplicateRun(
+            f"Run {run.id} is still training.",
+            other=run.id,
+            hint="Stop it first.",
+            backend=run.backend,
+            run_id=run.id,
+        )
+
+
 def copy_checkpoint(run: TrainingRun, source: RunDir, target: RunDir, requested: str | None) -> int:
     """Copy a checkpoint and the encoded rows of a finished run; return the step, 0 if none.
 
@@ -93,14 +111,7 @@ def copy_checkpoint(run: TrainingRun, source: RunDir, target: RunDir, requested:
         DuplicateRun: The run is still training.
         ConfigError: The checkpoint does not exist, or is damaged.
     """
-    if not read_ending(source):
-        raise DuplicateRun(
-            f"Run {run.id} is still training.",
-            other=run.id,
-            hint="Stop it first.",
-            backend=run.backend,
-            run_id=run.id,
-        )
+    require_ended(run, source)
     if requested is None:
         path = _newest(run, source, target)
     else:
@@ -139,14 +150,27 @@ def named_checkpoint(run: TrainingRun, source: RunDir, requested: str) -> Path:
     found = {step_of(path): path for path in source.checkpoints.glob("step-*")}
     step = requested.removeprefix("step-")
     if not step.isdecimal() or int(step) not in found:
+        raise unknown_checkpoint(run, requested, found)
+    if reason := damage_of(found[int(step)]):
+        raise unknown_checkpoint(run, requested, found, damage=reason)
+    return found[int(step)]
+
+
+def unknown_checkpoint(
+    run: TrainingRun, requested: str, steps: Iterable[int], *, damage: str | None = None
+) -> ConfigError:
+    """Return the error about a checkpoint that does not exist, or is damaged.
+
+    Args:
+        steps: The checkpoints that exist.
+    """
+    if damage is None:
         message = f"run {run.id} has no checkpoint {requested!r} on disk"
-        fix = f"available: {', '.join(map(str, sorted(found))) or 'none'}"
-    elif reason := damage_of(found[int(step)]):
-        message, fix = f"checkpoint {requested!r} is damaged: {reason}", "use another"
+        fix = f"available: {', '.join(map(str, sorted(steps))) or 'none'}"
     else:
-        return found[int(step)]
+        message, fix = f"checkpoint {requested!r} is damaged: {damage}", "use another"
     issue = Issue(code="unknown_checkpoint", message=message, field="checkpoint", fix=fix)
-    raise ConfigError(
+    return ConfigError(
         f"Checkpoint {requested!r} cannot be used.",
         issues=[issue],
         backend=run.backend,

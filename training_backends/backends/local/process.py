@@ -27,7 +27,7 @@ from training_backends.core.errors import (
 )
 from training_backends.core.integrations import Integration
 from training_backends.core.logging import get_logger
-from training_backends.core.run import Failure, Reply
+from training_backends.core.run import Failure, Prompt, Reply
 from training_backends.core.tracing import trace_environment
 from training_backends.http.environment import proxy_environment, tls_context
 from training_backends.http.urls import is_loopback, normalize_base_url
@@ -189,9 +189,16 @@ def _is_here(model: str) -> bool:
     return base == TINY_MODEL or Path(base).expanduser().is_dir()
 
 
+def sendable(prompt: Prompt) -> Prompt:
+    """Return a prompt without lone surrogates, which are no text."""
+    if isinstance(prompt, str):
+        return prompt.encode("utf-8", "replace").decode()
+    return [{**each, "content": str(sendable(each["content"]))} for each in prompt]
+
+
 async def ask_model(
     model: str,
-    prompt: str,
+    prompt: Prompt,
     *,
     seed: int = 0,
     max_tokens: int = 64,
@@ -212,7 +219,11 @@ async def ask_model(
     options = ["--seed", str(seed), "--max-tokens", str(max_tokens)]
     child_env = child_env or await Hub().child_environment(model)
     # Not as an argument: those are visible to all users and limited to 128 KiB.
-    given = child_env.stdin + prompt.encode("utf-8", "replace")
+    asked = sendable(prompt)
+    if not isinstance(asked, str):
+        asked = json.dumps(asked)
+        options.append("--messages")
+    given = child_env.stdin + asked.encode()
     out = await run_trainer([*command, *options], f"Cannot generate with {model}", child_env, given)
     return Reply.model_validate_json(out)
 

@@ -12,10 +12,10 @@ import anyio
 from anyio import to_thread
 
 from training_backends.backends.local.interpreter import Interpreter
-from training_backends.backends.local.process import ChildEnvironment
+from training_backends.backends.local.process import ChildEnvironment, sendable
 from training_backends.core.errors import BackendUnavailable
 from training_backends.core.files import make_private_directory
-from training_backends.core.run import Reply
+from training_backends.core.run import Prompt, Reply
 
 __all__ = ["WarmModel"]
 
@@ -39,14 +39,14 @@ class WarmModel:
         self._idle = idle
 
     async def ask(
-        self, model: str, prompt: str, *, max_tokens: int, child_env: ChildEnvironment
+        self, model: str, prompt: Prompt, *, max_tokens: int, child_env: ChildEnvironment
     ) -> Reply:
         """Return the answer of a model, which is loaded if it is not the one that is.
 
         Raises:
             BackendUnavailable: It cannot be loaded, or fails; includes its message.
         """
-        asked = {"prompt": prompt.encode("utf-8", "replace").decode(), "max_tokens": max_tokens}
+        asked = {"prompt": sendable(prompt), "max_tokens": max_tokens}
         reply = await self._exchange(model, asked)
         if reply is None:
             reply = await self._started(model, asked, child_env)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 
 from training_backends.core.errors import BackendUnavailable, ProtocolError, validation_issues
 from training_backends.core.logging import get_logger, redact
+from training_backends.core.run import Prompt
 from training_backends.http.client import HttpClient
 from training_backends.http.download import unpack
 from training_backends.http.upload import FileUpload, HashedFile, Progress
@@ -229,11 +230,12 @@ class MistralAPI:
         await unpack(archive, directory)
         await anyio.Path(archive).unlink()
 
-    async def chat(self, model: str, prompt: str, *, max_tokens: int) -> str:
-        """Return a model's answer to a prompt."""
+    async def chat(self, model: str, prompt: Prompt, *, max_tokens: int) -> str:
+        """Return a model's answer to a user message or a conversation."""
+        said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
         body = {
             "model": model,
-            "messages": [{"role": "user", "content": prompt}],
+            "messages": said,
             "max_tokens": max_tokens,
             "temperature": 0,
             "stream": True,

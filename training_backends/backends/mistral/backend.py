@@ -43,6 +43,7 @@ from training_backends.core.estimate import Estimate
 from training_backends.core.persist import ensure
 from training_backends.core.run import (
     Observation,
+    Prompt,
     Reply,
     RunState,
     TrainingRun,
@@ -108,6 +109,7 @@ class MistralAPIBackend(TrainingBackend):
                 # Operations of our gateway; other servers of the protocol have no more users.
                 "downloads": not self._settings.is_hosted,
                 "samples": not self._settings.is_hosted,
+                "samples_chats": not self._settings.is_hosted,
             }
         )
 
@@ -309,7 +311,7 @@ class MistralAPIBackend(TrainingBackend):
                 await self.api.download_weights(model, directory)
         return target
 
-    async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
+    async def sample(self, run: TrainingRun, prompt: Prompt, *, max_tokens: int = 64) -> Reply:
         """Ask the model on the server, if that is our gateway.
 
         Raises:

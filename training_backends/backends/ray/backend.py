@@ -9,7 +9,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import ClassVar, Final, Self, cast
 
@@ -17,11 +17,16 @@ from anyio import to_thread
 from pydantic import BaseModel, SecretStr
 
 from training_backends.backends.local.backend import LocalBackend, require_same
-from training_backends.backends.local.checkpoint_copy import reporting_disk, require_space
+from training_backends.backends.local.checkpoint_copy import (
+    reporting_disk,
+    require_ended,
+    require_space,
+)
 from training_backends.backends.local.process import Hub
 from training_backends.backends.local.spec import resolved_values
-from training_backends.backends.local.state import START_PATIENCE
+from training_backends.backends.local.state import START_PATIENCE, read_ending
 from training_backends.backends.ray.api import ERRORS, RayAPI, RayJob
+from training_backends.backends.ray.objects import ObjectStorage
 from training_backends.backends.ray.package import package_zip
 from training_backends.backends.ray.resources import Workers, resource_issues
 from training_backends.backends.ray.settings import RayOptions, RaySettings
@@ -47,6 +52,8 @@ from training_backends.core.files import make_private_directory, write_atomic
 from training_backends.core.integrations import INTEGRATION_FIELDS
 from training_backends.core.run import (
     Failure,
+    Place,
+    Prompt,
     Reply,
     RunState,
     TrainingRun,
@@ -56,6 +63,8 @@ from training_backends.core.settings import SectionSettings, load_settings
 from training_backends.http.backend import server_health
 from training_backends.http.client import HttpClient
 from training_backends.http.urls import is_loopback
+from training_backends.objects.settings import ObjectSettings
+from training_backends.objects.store import is_object_url, scheme_of
 from training_backends.rundir.directory import ExitRecord, RunDir, RunSpec, TrainerExitCode
 
 __all__ = ["RayBackend"]
@@ -90,7 +99,15 @@ class RayBackend(LocalBackend):
         settings: RaySettings | None = None,
     ) -> None:
         self._settings = settings or load_settings(RaySettings)
-        super().__init__(self._settings.storage or home / "ray", hub=Hub(None, credentials))
+        storage = self._settings.storage
+        self._objects = None
+        if storage is not None and is_object_url(storage):
+            options = load_settings(ObjectSettings).options.get(scheme_of(storage))
+            self._objects = ObjectStorage(storage, home / "ray-objects", options)
+            place = self._objects.home
+        else:
+            place = Path(storage) if storage else home / "ray"
+        super().__init__(place, hub=Hub(None, credentials))
         self._slots = None  # Ray has a queue of its own
         self._credentials = credentials
         self._api: RayAPI | None = None
@@ -158,6 +175,8 @@ class RayBackend(LocalBackend):
         """Validate; also ask the cluster whether it can have the workers."""
         report = await super().validate(config, dataset)
         issues = [*report.issues, *_worker_issues(config), *self._storage_issues(config)]
+        if self._objects and (issue := await to_thread.run_sync(self._objects.issue)):
+            issues.append(issue)
         if not any(issue.severity == "error" for issue in issues):
             try:
                 nodes = await (await self.api()).nodes()
@@ -181,19 +200,22 @@ class RayBackend(LocalBackend):
             )
         model = Path(config.base_model).expanduser()
         if config.base_model != TINY_MODEL and model.is_dir() and not self._is_shared(model):
+            storage, fix = f"the shared storage, {self._home}", "copy it there, unless all nodes"
+            if self._objects:
+                storage, fix = "the Hub", "check that all nodes"
             issues.append(
                 Issue(
                     code="not_shared",
-                    message=f"{model} is not on the shared storage, {self._home}",
+                    message=f"{model} is not on {storage}",
                     field="model",
-                    fix="copy it there, unless all nodes have it under this path",
+                    fix=f"{fix} have it under this path",
                     severity="warning",
                 )
             )
         return issues
 
     def _is_shared(self, path: Path) -> bool:
-        return path.resolve().is_relative_to(self._home.resolve())
+        return not self._objects and path.resolve().is_relative_to(self._home.resolve())
 
     # -- launch ------------------------------------------------------------------------
 
@@ -202,7 +224,8 @@ class RayBackend(LocalBackend):
         api = await self.api()
         workers = Workers.of(run.config.resources, await api.nodes())
         spec = spec.model_copy(update={"num_processes": workers.number})
-        await to_thread.run_sync(self._write, run, directory, spec)
+        write = self._objects.create if self._objects else self._write
+        await to_thread.run_sync(write, run, directory, spec)
         body = {
             "entrypoint": self._entrypoint(directory, workers, run.config),
             "submission_id": run.id,
@@ -240,14 +263,15 @@ class RayBackend(LocalBackend):
         return source.model_copy(update={"path": target})
 
     def _entrypoint(self, directory: RunDir, workers: Workers, config: TrainingConfig) -> str:
-        options = RayOptions.model_validate(config.options)
+        options, scratch = RayOptions.model_validate(config.options), self._settings.scratch
         words = [
             *(self._settings.python, "-m", "training_backends.trainer", "ray"),
-            str(directory.path),
+            self._objects.url_of(directory.path.name) if self._objects else str(directory.path),
             *("--cpus", f"{workers.cpus:g}"),
             *("--gpus", str(workers.gpus)),
             *("--max-failures", str(options.max_failures)),
             *(("--accelerator", workers.accelerator) if workers.accelerator else ()),
+            *(("--scratch", str(scratch)) if self._objects and scratch else ()),
         ]
         return shlex.join(words)
 
@@ -278,13 +302,32 @@ class RayBackend(LocalBackend):
 
     # -- afterwards --------------------------------------------------------------------
 
+    def _make_place(self) -> Place:
+        return self._objects.place if self._objects else super()._make_place()
+
+    def _known_place(self) -> Place | None:
+        return self._objects.place if self._objects else super()._known_place()
+
+    def sees(self, run: TrainingRun) -> bool:
+        """Return whether the run is on this storage."""
+        if self._objects is None:
+            return super().sees(run)
+        return run.place is None or run.place.id == self._objects.place.id
+
+    def _here(self, state: RunState) -> RunState:
+        state = super()._here(state)
+        return self._objects.shown(state) if self._objects else state
+
     def _opened(self, path: Path) -> RunDir:
         job = self._jobs.get(path.name)
         # A job that was not asked for may live.
         return _JobDir(path, is_active=path.name not in self._jobs or _lives(job))
 
     async def _revive(self, runs: Sequence[TrainingRun]) -> None:
-        """Ask Ray which jobs live, and record the end of those that could not."""
+        """Ask Ray which jobs live, and record the end of those that could not.
+
+        Asked before the copies are updated: what a job that has ended wrote is there then.
+        """
         api = await self.api()
         if len(runs) <= _FEW:
             for run in runs:
@@ -292,6 +335,8 @@ class RayBackend(LocalBackend):
         else:
             found = {job.submission_id: job for job in await api.jobs()}
             self._jobs.update((run.id, found.get(run.id)) for run in runs)
+        if self._objects:
+            await self._objects.update([self._directory(run) for run in runs])
         for run in runs:
             directory = self._directory(run)
             if await to_thread.run_sync(_is_cut_off, directory, self._jobs[run.id]):
@@ -304,13 +349,17 @@ class RayBackend(LocalBackend):
             output = (await api.logs(directory.path.name))[-_TAIL:].strip()
             reason += f"\n{output}" if output else ""
         failure = Failure(kind="lost", message=f"The job has ended: {reason}", retryable=True)
-        await to_thread.run_sync(_write_end, directory, failure, job and job.ended_at)
+        record = _ending(directory, failure, job.ended_at if job else None)
+        write = self._objects.write_end if self._objects else _write_end
+        await to_thread.run_sync(write, directory, record)
 
     async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
         """See `TrainingBackend.stop`."""
         await self._revive([run])
         await super().stop(run, save_checkpoint=save_checkpoint)
         job = self._jobs[run.id]
+        if self._objects and _lives(job):
+            await to_thread.run_sync(self._objects.request_stop, run, save_checkpoint)
         # A running job finds the request in its directory; a waiting one does not read it.
         if job is not None and job.status == "PENDING":
             await (await self.api()).stop(run.id)
@@ -331,26 +380,59 @@ class RayBackend(LocalBackend):
         await self._revive([run])
         return await super().resume(run, new_run, journal, checkpoint=checkpoint)
 
+    def _copy_checkpoint(
+        self, run: TrainingRun, source: RunDir, target: RunDir, requested: str | None
+    ) -> int:
+        if self._objects is None:
+            return super()._copy_checkpoint(run, source, target, requested)
+        require_ended(run, source)
+        return self._objects.copy_checkpoint(run, target.path.name, requested)
+
     async def delete(self, run: TrainingRun) -> None:
         """Remove the run directory of a finished run; Ray keeps its record of the job."""
         await self._revive([run])
         await super().delete(run)
 
+    def _delete(self, run: TrainingRun) -> None:
+        if self._objects and read_ending(self._existing(run)):
+            self._objects.remove(run)
+        super()._delete(run)
+
+    def _download(self, run: TrainingRun, target: Path) -> Path:
+        self._fetch_result(run, "download")
+        return super()._download(run, target)
+
+    def _fetch_result(self, run: TrainingRun, verb: str) -> None:
+        directory = self._existing(run)
+        self._result(directory, verb)
+        if self._objects:
+            self._objects.fetch_result(directory)
+
     async def download_checkpoint(self, run: TrainingRun, checkpoint: str, target: Path) -> Path:
         """Write a checkpoint as a model, on this machine."""
         await to_thread.run_sync(self.interpreter.require)
+        if self._objects:
+            directory = await to_thread.run_sync(self._existing, run)
+            await to_thread.run_sync(self._objects.fetch_checkpoint, run, directory, checkpoint)
         return await super().download_checkpoint(run, checkpoint, target)
 
-    async def sample(self, run: TrainingRun, prompt: str, *, max_tokens: int = 64) -> Reply:
-        """Generate an answer on this machine, with the result on the shared storage."""
+    async def sample(self, run: TrainingRun, prompt: Prompt, *, max_tokens: int = 64) -> Reply:
+        """Generate an answer on this machine, with the result of the storage."""
         await to_thread.run_sync(self.interpreter.require)
+        await to_thread.run_sync(self._fetch_result, run, "prompt")
         return await super().sample(run, prompt, max_tokens=max_tokens)
 
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
         """List the runs that have a directory on the storage."""
         jobs = await (await self.api()).jobs()
         self._jobs.update((job.submission_id, job) for job in jobs if job.submission_id)
-        return await super().list_remote(filters)
+        if self._objects is None:
+            return await super().list_remote(filters)
+        await self._objects.update_all(self._runs)
+        found = await super().list_remote(filters)
+        return [
+            each.model_copy(update={"state": self._objects.shown(each.state)}) for each in found
+        ]
 
     async def health(self) -> Health:
         """Report whether the cluster answers, if there is one to ask."""
@@ -362,6 +444,8 @@ class RayBackend(LocalBackend):
         async def probe() -> HttpClient:
             api = await self.api()
             await api.nodes()  # the version needs no token
+            if self._objects:
+                await to_thread.run_sync(self._objects.check)
             return api.http
 
         return await server_health(probe, configured=True)
@@ -419,14 +503,16 @@ def _is_cut_off(directory: RunDir, job: RayJob | None) -> bool:
     return job.has_ended
 
 
-def _write_end(directory: RunDir, failure: Failure, at: object) -> None:
-    step = max((state.step for _, state in directory.read_checkpoints()), default=0)
+def _ending(directory: RunDir, failure: Failure, at: datetime | None) -> ExitRecord:
     if directory.stop.exists():
-        record = ExitRecord(status="stopped", code=TrainerExitCode.STOPPED, step=step)
+        record = ExitRecord(status="stopped", code=TrainerExitCode.STOPPED)
     else:
-        code = TrainerExitCode.CRASHED
-        record = ExitRecord(status="failed", code=code, step=step, failure=failure)
-    if at is not None:
-        record = record.model_copy(update={"at": at})
+        record = ExitRecord(status="failed", code=TrainerExitCode.CRASHED, failure=failure)
+    return record if at is None else record.model_copy(update={"at": at})
+
+
+def _write_end(directory: RunDir, record: ExitRecord) -> None:
+    step = max((state.step for _, state in directory.read_checkpoints()), default=0)
+    record = record.model_copy(update={"step": step})
     # On network storage, the trainer's own record may exist and not be visible here yet.
     write_atomic(directory.exit, record.model_dump_json(indent=2), replace=False)

@@ -1,7 +1,7 @@
 """Options and settings of the Ray backend."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from pydantic import Field, field_validator
 
@@ -9,8 +9,12 @@ from training_backends.backends.local.settings import TrainingOptions
 from training_backends.core.errors import ConfigError
 from training_backends.http.settings import ServerSettings
 from training_backends.http.urls import normalize_base_url
+from training_backends.objects.store import scheme_of
 
 __all__ = ["RayOptions", "RaySettings"]
+
+
+_STORES: Final = ("s3", "gs", "az")
 
 
 class RayOptions(TrainingOptions, frozen=True):
@@ -32,10 +36,16 @@ class RaySettings(ServerSettings):
     base_url: str = Field(
         default="http://127.0.0.1:8265", description="URL of the cluster's dashboard."
     )
-    storage: Path | None = Field(
+    storage: str | None = Field(
         default=None,
-        description="Directory that this machine and all nodes share under the same path; "
-        "default: TRAINING_BACKENDS_HOME/ray, for a cluster on this machine.",
+        description="Directory that this machine and all nodes share under the same path, or URL "
+        "in an object store, such as `s3://bucket/training`; default: "
+        "TRAINING_BACKENDS_HOME/ray, for a cluster on this machine.",
+    )
+    scratch: Path | None = Field(
+        default=None,
+        description="With an object store: directory of each node for runs in progress; default: "
+        "in its directory for temporary files.",
     )
     package: Literal["send", "installed"] = Field(
         default="send",
@@ -55,7 +65,24 @@ class RaySettings(ServerSettings):
         except ConfigError as error:
             raise ValueError(error.message) from None
 
-    @field_validator("storage")
+    @field_validator("storage", mode="before")
+    @classmethod
+    def _located(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        text = str(value).removeprefix("file://")
+        if "://" not in text:
+            if not Path(text).is_absolute():
+                raise ValueError("must be an absolute path or a URL such as s3://bucket/training")
+            return text
+        if scheme_of(text) not in _STORES:
+            known = ", ".join(f"{scheme}://" for scheme in _STORES)
+            raise ValueError(f"unknown scheme {text.partition(':')[0]!r}; use a path or {known}")
+        if "@" in text or "?" in text:
+            raise ValueError("the URL must not contain credentials or a query")
+        return text.rstrip("/")
+
+    @field_validator("scratch")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_absolute():
