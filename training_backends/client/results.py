@@ -28,7 +28,7 @@ from training_backends.core.errors import (
     TrainingBackendError,
 )
 from training_backends.core.estimate import format_duration
-from training_backends.core.logging import get_logger
+from training_backends.core.logging import get_logger, redact
 from training_backends.core.run import (
     ChatMessage,
     LogRecord,
@@ -161,10 +161,11 @@ class Results:
                 await self.publish(run.id, url, checkpoint=None, on_progress=None)
             except StoreError:
                 raise
-            except TrainingBackendError as error:
+            except (TrainingBackendError, OSError) as error:
+                reason = redact(str(getattr(error, "message", error)))
                 pause = timedelta(seconds=min(_FIRST_PAUSE * 2**due.attempts, _LONGEST_PAUSE))
-                text = f"The result is not copied to {url} yet: {error.message}"
-                log.warning("result not copied", run_id=run.id, reason=error.message)
+                text = f"The result is not copied to {url} yet: {reason}"
+                log.warning("result not copied", run_id=run.id, reason=reason)
                 again = f"{text} It is tried again in {format_duration(pause)}."
                 postpone = partial(self._store.postpone_result, run.id, utc_now() + pause)
                 noted = await self._noted(run, again, "warning", run.result_uri)
