@@ -7,8 +7,8 @@ Each store is filled with copies of a finished job, spread over three years; 20 
 measured is the code below the HTTP layer, in one process. The stores take turns, call by call, so
 whatever else the machine does slows all of them. For each store the table has the median of the
 calls in milliseconds. The ratio is the median of the ratios of calls that follow one another, of
-the largest store to the smallest. The last columns are what the database reads, which does not
-depend on the machine: rows on SQLite, pages on PostgreSQL.
+the largest store to the smallest. The last column is what the smallest and the largest cost the
+database, whatever the machine does: instructions of SQLite, pages of PostgreSQL by indexes.
 
 With `--keep`, the filled stores stay in the directory, and the next call uses them again. They take
 13 GB.
@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import json
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -46,13 +47,15 @@ ROW: Final = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant
 REPEATS: Final = 60
 WARM: Final = 5
 """Calls before those that count."""
+FILLED: Final = "filled"
+"""Name of the file that says so."""
 JOBS: Final = "/v1/fine_tuning/jobs"
 NAMES: Final = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
 
 
 async def filled(home: Path, store_url: str | None, count: int) -> None:
     """Fill a new store, unless that was done before."""
-    done = home / "filled"
+    done = home / FILLED
     if done.exists():
         return
     settings = GatewaySettings(api_key=SecretStr(KEY), store_url=store_url)
@@ -111,12 +114,12 @@ async def measured(places: Mapping[int, tuple[Path, str | None]]) -> list[str]:
             few, many = [
                 await cost(site.stores, site.operations[name]) for site in (sites[0], sites[-1])
             ]
+            medians = [statistics.median(found) * 1000 for found in times]
             cells = [
                 name,
-                *(f"{statistics.median(found) * 1000:.1f}" for found in times),
+                *(f"{each:.0f}" if each >= 10 else f"{each:.1f}" for each in medians),
                 f"{statistics.median(ratios):.2f}",
-                f"{few:,}",
-                f"{many:,}",
+                f"{few:,} → {many:,}",
             ]
             rows.append(f"| {' | '.join(cells)} |")
         return rows
@@ -154,21 +157,20 @@ def main() -> None:
             server = None
             if name == "postgresql":
                 assert programs() is not None, "PostgreSQL is not installed"
-                server = stack.enter_context(Postgres(directory / name))
+                kept = directory / name if options.keep else None
+                server = stack.enter_context(Postgres(kept))
             places = {}
             for count in counts:
-                url = server.place(f"runs_{count}") if server else None
-                places[count] = directory / f"{name}-{count}", url
-                places[count][0].mkdir(exist_ok=True)
+                home, schema = directory / f"{name}-{count}", f"runs_{count}"
+                if not (home / FILLED).exists():  # or not to the end
+                    shutil.rmtree(home, ignore_errors=True)
+                    home.mkdir()
+                    if server is not None:
+                        server.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
+                places[count] = home, server.place(schema) if server else None
             rows = asyncio.run(measured(places))
-        unit = "rows" if name == "sqlite" else "pages"
-        heads = [f"{count:,}" for count in counts]
-        columns = [
-            NAMES[name],
-            *heads,
-            "ratio",
-            *(f"{unit} at {each}" for each in (heads[0], heads[-1])),
-        ]
+        unit = "instructions" if name == "sqlite" else "pages"
+        columns = [NAMES[name], *(f"{count:,}" for count in counts), "ratio", unit]
         print(f"| {' | '.join(columns)} |")
         print(f"|{' --- |' * len(columns)}")
         print("\n".join(rows), flush=True)

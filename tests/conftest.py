@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import disk_usage
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -18,6 +17,7 @@ import pytest
 import structlog
 
 from tests.forking import Program, Trainer
+from tests.passwords import remembering
 from tests.plugins import Install, install_backend
 from tests.postgres import PgBouncer, Postgres, pgbouncer_program, programs
 from training_backends import TrainingConfig
@@ -82,8 +82,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Spare every collection of garbage the search through all modules, torch among them."""
+    """Spare every collection of garbage the search through all modules, torch among them.
+
+    They are as rare as in the program itself.
+    """
     gc.freeze()
+    gc.set_threshold(50_000)
     gc.enable()
 
 
@@ -143,18 +147,7 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> "Iterator[InMemorySpanExporter]":
 def remembered_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Derive the key of a password once per salt, for that is meant to be slow."""
     argon2 = pytest.importorskip("cryptography.hazmat.primitives.kdf.argon2")
-    kdf, known = argon2.Argon2id, dict[object, bytes]()
-
-    def make(**values: object) -> SimpleNamespace:
-        def derive(secret: bytes) -> bytes:
-            key = (secret, *values.items())
-            if key not in known:
-                known[key] = kdf(**values).derive(secret)
-            return known[key]
-
-        return SimpleNamespace(derive=derive)
-
-    monkeypatch.setattr(argon2, "Argon2id", make)
+    monkeypatch.setattr(argon2, "Argon2id", remembering(argon2.Argon2id))
 
 
 @pytest.fixture(scope="session")

@@ -68,10 +68,23 @@ def test_a_run_is_launched_followed_by_three_asked_and_downloaded(
     with warm(tmp_path, monkeypatch):
         asked = run("generate", "mi", "3 plus 3?", "--json")
         state = (tmp_path / "home" / "generate" / "state.json").read_text()
-        (tmp_path / "in.jsonl").write_text('{"prompt": "3 plus 3?"}\n{"prompt": "2 plus\\n2?"}\n')
+        talk = [
+            {"role": "system", "content": "Add."},
+            {"role": "user", "content": "1 plus 1?"},
+            {"role": "assistant", "content": "2"},
+            {"role": "user", "content": "3 plus 3?"},
+        ]
+        rows: list[dict[str, Any]] = [
+            {"prompt": "3 plus 3?"},
+            {"prompt": "2 plus\n2?"},
+            {"messages": talk},
+        ]
+        (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         many = run("generate", "mi", "--input", "in.jsonl", "--json")
         assert (tmp_path / "home" / "generate" / "state.json").read_text() == state
-    assert [each["prompt"] for each in _records(many)] == ["3 plus 3?", "2 plus\n2?"]
+    assert [{**row, "answer": ""} for row in _records(many)] == [
+        {**row, "answer": ""} for row in rows
+    ]
     assert _records(many)[0]["answer"] == asked.document["answer"]
     samples = [record["fields"] for record in records]
     (after,) = [fields["answer"] for fields in samples if fields.get("stage") == "after"]

@@ -37,6 +37,12 @@ def test_what_cannot_be_asked_is_said(
         (("hello", "--input", "in.txt"), "hello", "give PROMPT or --input"),
         (("--input", "none.txt"), "", "Cannot read none.txt"),
         (("--input", "in.jsonl"), '{"prompt": "a"}\n\n["b"]\n', "in.jsonl, line 3"),
+        (
+            ("--input", "in.jsonl"),
+            '{"messages": [{"role": "assistant", "content": "a"}]}',
+            "user's",
+        ),
+        (("--input", "in.jsonl"), '{"messages": [{"role": "robot", "content": "a"}]}', "robot"),
         (("--input", "in.txt"), "\udcff", "not UTF-8"),
     ],
 )

@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.kdf import argon2
+
+from tests.passwords import remembering
 from training_backends.cli.main import main
 
 
@@ -42,6 +45,7 @@ def run(command: dict[str, Any], out: Path, err: Path) -> int:
 
 
 if __name__ == "__main__":
+    argon2.Argon2id = remembering(argon2.Argon2id)  # type: ignore[assignment]
     directory = Path(sys.argv[1])
     commands = json.load(sys.stdin)
     codes = [

@@ -18,32 +18,31 @@ FROM pg_class WHERE relnamespace = current_schema()::regnamespace
 
 _SETTINGS: Final = (
     "max_parallel_workers_per_gather = 0",  # other processes have statistics of their own
-    "enable_seqscan = off",  # chosen for small tables only
+    "enable_seqscan = off",  # chosen for small tables, and not with more rows
 )
 
 
 async def cost(stores: Collection[Database], work: Callable[[], Awaitable[Any]]) -> int:
-    """Return what `work` costs: on SQLite the rows that are visited, on PostgreSQL the pages."""
+    """Return what `work` costs: instructions of SQLite, or pages that PostgreSQL uses."""
     engines = [engine for store in stores for engine in (store._reader, store._writer)]
-    counting = _rows if engines[0].dialect.name == "sqlite" else _pages
+    counting = _instructions if engines[0].dialect.name == "sqlite" else _pages
     with counting(engines) as counted:
         await work()
     return sum(counted)
 
 
 @contextmanager
-def _rows(engines: Collection[sa.Engine]) -> Iterator[list[int]]:
-    rows: list[int] = []
+def _instructions(engines: Collection[sa.Engine]) -> Iterator[list[int]]:
+    done: list[int] = []
     watched = []
 
     def watch(connection: Any, _record: Any, _proxy: Any) -> None:
-        # Called when a statement goes on to another row, whatever it does with it.
-        connection.set_progress_handler(lambda: rows.append(1), 1)
+        connection.set_progress_handler(lambda: done.append(1), 1)
         watched.append(connection)
 
     pools = {engine.pool for engine in engines}
     with _listening([(pool, "checkout", watch) for pool in pools]):
-        yield rows
+        yield done
     for connection in watched:
         connection.set_progress_handler(None, 1)
 

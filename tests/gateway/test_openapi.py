@@ -19,6 +19,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from tests.effort import is_thorough
 from tests.gateway.conftest import KEY, openai_client, site
 from training_backends.gateway.app import create_app
 from training_backends.gateway.routes_files import files_router, links_router
@@ -51,7 +52,7 @@ PUBLISHED = [
     (method.upper(), path) for path, operations in OPENAI["paths"].items() for method in operations
 ]
 EXAMPLES = settings(
-    max_examples=20,
+    max_examples=200 if is_thorough() else 8,
     deadline=None,
     derandomize=True,
     database=None,

@@ -186,7 +186,7 @@ async def test_a_long_list_of_models_is_complete_and_sent_in_parts(
 async def test_ten_times_the_jobs_cost_no_more(
     store: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """Of each request and of what the gateway repeats, in rows or pages that are read."""
+    """Of each request and of what the gateway repeats, in what the database does for it."""
     costs: dict[int, dict[str, int]] = {}
     for count in (1000, 10_000):
         url = request.getfixturevalue("postgres").new_url() if store == "postgresql" else None

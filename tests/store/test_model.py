@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
 
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -15,6 +14,7 @@ from hypothesis.stateful import (
 )
 
 from tests.client.conftest import NewUrl
+from tests.effort import searching
 from tests.store.conftest import BEGINNING, told
 from training_backends import LogRecord, TrainingConfig, TrainingRun, TrainingStatus
 from training_backends.store import Lease, LeaseLost, RunStore
@@ -220,9 +220,9 @@ class Holders(RuleBasedStateMachine):
 
 def test_timelines_do_what_lists_would_do(new_url: NewUrl) -> None:
     """Whatever is looked at, noted and delivered, in whatever order."""
-    run_state_machine_as_test(partial(Timelines, new_url), settings=settings())  # type: ignore[arg-type]
+    run_state_machine_as_test(partial(Timelines, new_url), settings=searching(2))  # type: ignore[arg-type]
 
 
 def test_leases_do_what_one_variable_would_do(new_url: NewUrl) -> None:
     """Whoever takes, sleeps, dies and comes back."""
-    run_state_machine_as_test(partial(Holders, new_url), settings=settings())  # type: ignore[arg-type]
+    run_state_machine_as_test(partial(Holders, new_url), settings=searching(2))  # type: ignore[arg-type]

@@ -142,6 +142,20 @@ def test_a_check_finds_other_versions_and_other_databases(url: str, filled: Path
     assert check(url) == ["it is the database of another program"]
 
 
+def test_a_check_with_too_little_time_returns_what_it_found(url: str, filled: Path) -> None:
+    """A gateway with a million runs must not read them all before it starts."""
+    with closing(sqlite3.connect(filled)) as connection, connection:
+        connection.execute("DELETE FROM runs WHERE id = 'run-001'")
+        connection.execute(
+            "INSERT INTO uploads WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL "
+            "SELECT n + 1 FROM numbers WHERE n < 20000) SELECT 'scope', n, 'id', 'now' FROM numbers"
+        )
+    complete = check(url)
+    assert complete
+    assert check(url, within=60) == complete
+    assert check(url, within=0) == []
+
+
 # -- set aside ---------------------------------------------------------------------------
 
 

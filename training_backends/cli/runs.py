@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from training_backends import AsyncTrainingClient, Checkpoint, Reply, TrainingRun
+    from training_backends import AsyncTrainingClient, Checkpoint, Prompt, Reply, TrainingRun
     from training_backends.core.status import TrainingStatus
     from training_backends.store import MetricPoint
 
@@ -57,7 +57,9 @@ def generate(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option("--input", metavar="FILE", help="Text, or JSON Lines with `prompt`; - stdin."),
+        typer.Option(
+            "--input", metavar="FILE", help="Text, or JSON Lines: prompt, messages; - stdin."
+        ),
     ] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, max=32768, help="Maximum tokens to generate.")
@@ -84,7 +86,8 @@ def generate(
             elif prompts is None:
                 write_json(found)
             else:
-                write_json_line({"prompt": each, **found})
+                field = "prompt" if isinstance(each, str) else "messages"
+                write_json_line({field: each, **found})
 
     with_client(prompt_model)
 
@@ -101,8 +104,8 @@ def _show_reply(reply: "Reply") -> None:
         stdout().print(f"{target}: {shares}", markup=False)
 
 
-def _read_prompts(path: Path) -> "Sequence[str]":
-    """Return the prompts of a file, one a line; those of JSON Lines are in `prompt`."""
+def _read_prompts(path: Path) -> "Sequence[Prompt]":
+    """Return the prompts of a file, one a line; in JSON Lines, `prompt` or `messages`."""
     from training_backends.core.errors import DatasetError
 
     try:
@@ -118,20 +121,26 @@ def _read_prompts(path: Path) -> "Sequence[str]":
     return [line for _, line in numbered]
 
 
-def _prompt_of(line: str, where: str) -> str:
+def _prompt_of(line: str, where: str) -> "Prompt":
     import json
 
+    from training_backends.client.results import checked_prompt
     from training_backends.core.errors import DatasetError
 
     try:
-        prompt = json.loads(line)["prompt"]
+        row = json.loads(line)
+        prompt = row["messages"] if "messages" in row else row["prompt"]
     except (ValueError, KeyError, TypeError, RecursionError):
         prompt = None
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, str | list):
         raise DatasetError(
-            f'{where}: expected an object such as {{"prompt": "What is 2 plus 2?"}}.'
+            f'{where}: expected an object such as {{"prompt": "What is 2 plus 2?"}}, '
+            "or one with `messages`."
         )
-    return prompt
+    try:
+        return checked_prompt(prompt)
+    except ValueError as error:
+        raise DatasetError(f"{where}: {error}") from None
 
 
 WatchOption = Annotated[bool, typer.Option("--watch", "-w", help="Keep showing the current state.")]

@@ -43,7 +43,7 @@ from training_backends.objects.store import ObjectStore, scheme_of
 from training_backends.store import RunStore
 from training_backends.store.destinations import DueResult
 
-__all__ = ["Results"]
+__all__ = ["Results", "checked_prompt"]
 
 log = get_logger()
 
@@ -232,7 +232,7 @@ class Results:
 
     async def sample(self, run_id: str, prompt: Prompt, max_tokens: int) -> Reply:
         """Prompt the model."""
-        prompt = _checked(prompt)
+        prompt = checked_prompt(prompt)
         run, backend = await self._found(run_id, "ask the model of")
         if backend.capabilities.samples:
             _require_model(backend, run, "ask")
@@ -258,7 +258,7 @@ def _with_uri(run: TrainingRun, uri: str | None) -> TrainingRun:
     return run.model_copy(update={"result_uri": uri})
 
 
-def _checked(prompt: Prompt) -> Prompt:
+def checked_prompt(prompt: Prompt) -> Prompt:
     """Return a conversation of a single user message as that message, which all backends take.
 
     Raises:

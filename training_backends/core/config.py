@@ -152,11 +152,15 @@ class Data(_Model):
 class Tuning(_Model):
     """Full fine-tuning or a PEFT method; may be written as just the kind."""
 
-    kind: Literal["full", "lora", "qlora"]
-    rank: int = Field(default=16, ge=1, le=2**16)
+    kind: Literal["full", "lora", "qlora"] = Field(
+        description="All weights, a LoRA adapter, or an adapter of a base model in 4 bits."
+    )
+    rank: int = Field(default=16, ge=1, le=2**16, description="Rank of the adapter.")
     alpha: float | None = Field(default=None, gt=0, le=1e6, description="Default: twice the rank.")
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: tuple[str, ...] | None = None
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout of the adapter.")
+    target_modules: tuple[str, ...] | None = Field(
+        default=None, description="Names of the adapted layers; None: the backend's choice."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -261,22 +265,32 @@ class Hyperparameters(_Model):
     learning_rate: float | None = Field(
         default=None, ge=1e-8, le=1, description="Peak learning rate, after a linear warm-up."
     )
-    epochs: float | None = Field(default=None, gt=0, le=10_000)
-    training_steps: int | None = Field(default=None, ge=1, le=2**31)
+    epochs: float | None = Field(
+        default=None, gt=0, le=10_000, description="Passes over the training data."
+    )
+    training_steps: int | None = Field(
+        default=None, ge=1, le=2**31, description="Optimizer steps, instead of `epochs`."
+    )
     batch_size: int | None = Field(default=None, ge=1, le=2**16, description="Rows per step.")
     seq_len: int | None = Field(
         default=None, ge=100, le=2**24, description="Maximum tokens per row."
     )
-    weight_decay: float | None = Field(default=None, ge=0, le=1)
-    warmup_fraction: float | None = Field(default=None, ge=0, le=1)
-    fim_ratio: float | None = Field(default=None, ge=0, le=1)
+    weight_decay: float | None = Field(
+        default=None, ge=0, le=1, description="Weight decay of the optimizer."
+    )
+    warmup_fraction: float | None = Field(
+        default=None, ge=0, le=1, description="Share of the steps with a rising learning rate."
+    )
+    fim_ratio: float | None = Field(
+        default=None, ge=0, le=1, description="Share of texts trained as fill-in-the-middle."
+    )
     early_stopping_patience: int | None = Field(
         default=None,
         ge=1,
         le=10_000,
         description="Validations without a lower validation loss after which training stops.",
     )
-    seed: int | None = Field(default=None, ge=0)
+    seed: int | None = Field(default=None, ge=0, description="Seed of all random choices.")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -288,10 +302,14 @@ class Hyperparameters(_Model):
 class ClassifierTarget(_Model):
     """One target of a classifier."""
 
-    name: str = Field(max_length=256)
-    labels: tuple[Annotated[str, Field(max_length=256)], ...] = Field(min_length=1)
-    weight: float = Field(default=1.0, ge=0, le=1e6)
-    loss_function: Literal["single_class", "multi_class"] | None = None
+    name: str = Field(max_length=256, description="Key of the target in a row's `labels`.")
+    labels: tuple[Annotated[str, Field(max_length=256)], ...] = Field(
+        min_length=1, description="The labels to choose from."
+    )
+    weight: float = Field(default=1.0, ge=0, le=1e6, description="Weight of the target's loss.")
+    loss_function: Literal["single_class", "multi_class"] | None = Field(
+        default=None, description="One label per row, or any number; None: the backend's default."
+    )
 
 
 class TrainingConfig(_Model):
@@ -320,7 +338,9 @@ class TrainingConfig(_Model):
         description="Where the run is reported while it trains; see [Trackers](trackers.md).",
     )
     budget: Budget = Budget()
-    tags: dict[str, str] = Field(default_factory=dict)
+    tags: dict[str, str] = Field(
+        default_factory=dict, description="Your own names and values, to find runs by."
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="Backend-specific options, checked by the backend."
     )

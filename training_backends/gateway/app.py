@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import anyio
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -61,6 +61,7 @@ def create_app(gateway: Gateway) -> FastAPI:
             *chat_router.routes,
             *openai_router.routes,
             *(console_router.routes if gateway.settings.console else ()),
+            *health_router.routes,
         ],
         # A redirect would point to whatever the request's Host header names.
         redirect_slashes=False,
@@ -85,35 +86,9 @@ def create_app(gateway: Gateway) -> FastAPI:
     )
     app.state.gateway = gateway
     app.state.is_stopping = False
-    health = _Health(gateway)
-    readiness = Readiness(gateway)
-
-    @app.get("/health", tags=["health"], responses={503: {"model": dict[str, str | list[str]]}})
-    async def get_health() -> JSONResponse:
-        """Return the health of the gateway and its databases, and the supported integrations."""
-        return await health.answer()
-
-    @app.get("/healthz", tags=["health"])
-    async def get_liveness() -> dict[str, str]:
-        """Return 200 while the process answers."""
-        return {"status": "ok"}
-
-    @app.get("/readyz", tags=["health"], responses={503: {"model": ReadinessOut}})
-    async def get_readiness() -> JSONResponse:
-        """Return whether requests should be sent here, and the state of each part."""
-        checks = await readiness.check()
-        status = "ready" if set(checks.values()) == {"ok"} else "unavailable"
-        if app.state.is_stopping:
-            status = "stopping"
-        found = ReadinessOut(status=status, checks=dict(checks))
-        return JSONResponse(found.model_dump(), 200 if status == "ready" else 503)
-
-    @app.get(METRICS, tags=["health"], response_class=PlainTextResponse, responses=answers())
-    async def get_metrics(request: Request) -> Response:
-        """Return metrics for Prometheus."""
-        content, content_type = await metrics.exposition(request.headers.get("accept", ""))
-        return Response(content, media_type=content_type)
-
+    app.state.health = _Health(gateway)
+    app.state.readiness = Readiness(gateway)
+    app.state.metrics = metrics
     return app
 
 
@@ -122,6 +97,43 @@ class ReadinessOut(BaseModel):
 
     status: str
     checks: dict[str, str]
+
+
+# Functions of the module: FastAPI keeps those inside `create_app`, and the gateway with them.
+health_router = APIRouter(tags=["health"])
+
+
+@health_router.get("/health", responses={503: {"model": dict[str, str | list[str]]}})
+async def get_health(request: Request) -> JSONResponse:
+    """Return the health of the gateway and its databases, and the supported integrations."""
+    health: _Health = request.app.state.health
+    return await health.answer()
+
+
+@health_router.get("/healthz")
+async def get_liveness() -> dict[str, str]:
+    """Return 200 while the process answers."""
+    return {"status": "ok"}
+
+
+@health_router.get("/readyz", responses={503: {"model": ReadinessOut}})
+async def get_readiness(request: Request) -> JSONResponse:
+    """Return whether requests should be sent here, and the state of each part."""
+    readiness: Readiness = request.app.state.readiness
+    checks = await readiness.check()
+    status = "ready" if set(checks.values()) == {"ok"} else "unavailable"
+    if request.app.state.is_stopping:
+        status = "stopping"
+    found = ReadinessOut(status=status, checks=dict(checks))
+    return JSONResponse(found.model_dump(), 200 if status == "ready" else 503)
+
+
+@health_router.get(METRICS, response_class=PlainTextResponse, responses=answers())
+async def get_metrics(request: Request) -> Response:
+    """Return metrics for Prometheus."""
+    metrics: GatewayMetrics = request.app.state.metrics
+    content, content_type = await metrics.exposition(request.headers.get("accept", ""))
+    return Response(content, media_type=content_type)
 
 
 class _Health:

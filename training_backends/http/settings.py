@@ -16,9 +16,13 @@ class ServerSettings(SectionSettings):
 
     base_url: str
     profile: str | None = Field(default=None, description="Credential profile of the API key.")
-    connect_timeout: PositiveFloat = 10.0
+    connect_timeout: PositiveFloat = Field(
+        default=10.0, description="Timeout for opening a connection."
+    )
     read_timeout: PositiveFloat = Field(default=30.0, description="Timeout without data.")
-    write_timeout: PositiveFloat = 30.0
+    write_timeout: PositiveFloat = Field(
+        default=30.0, description="Timeout for sending a part of a request."
+    )
     call_timeout: PositiveFloat = Field(
         default=120.0, description="Timeout of a call with retries."
     )

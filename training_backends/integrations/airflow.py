@@ -89,7 +89,7 @@ class TrainingRunOperator(BaseOperator):  # type: ignore[misc]
 
     template_fields: Sequence[str] = ("config", "backend", "run_id")
     template_fields_renderers: ClassVar[Mapping[str, str]] = {"config": "json"}
-    operator_extra_links = (TrainingConsoleLink(),)
+    operator_extra_links: Sequence[TrainingConsoleLink] = (TrainingConsoleLink(),)
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class TrainingRunOperator(BaseOperator):  # type: ignore[misc]
         self.attempts = attempts
         self.deferrable = deferrable
         self.console = console
-        self.console_link = ""
+        self.console_link: str = ""
         self._current: str | None = None
         self._killed = False
 

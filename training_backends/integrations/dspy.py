@@ -40,7 +40,7 @@ class DspyTrainingJob(TrainingJob):  # type: ignore[misc]  # an optional package
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.run_id = new_run_id()
+        self.run_id: str = new_run_id()
 
     def status(self) -> Any:
         """Return DSPy's word for the run's status."""

@@ -80,31 +80,37 @@ class StoredRun:
         """
         if run.exit.is_file() and not is_new:
             return
-        found = {each.name: each for each in self.store.files()}
-        spec = found.get(_SPEC)
-        if spec is None:  # deleted
-            shutil.rmtree(run.path, ignore_errors=True)
-            return
+        make_private_directory(run.path.parent)
+        lock = run.path.with_name(f".{run.path.name}.lock")
+        # Held while the store is asked, so that no older answer is applied after a newer one.
+        with hold_lock(lock, _COPY_PATIENCE):
+            found = {each.name: each for each in self.store.files()}
+            if _SPEC in found:
+                self._apply(run, found)
+            else:  # deleted
+                shutil.rmtree(run.path, ignore_errors=True)
+                lock.unlink()
+
+    def _apply(self, run: RunDir, found: Mapping[str, ObjectInfo]) -> None:
         make_private_directory(run.path)
-        with hold_lock(run.path / ".copy.lock", _COPY_PATIENCE):
-            if _read(run.path / _VERSION) != spec.version.encode():
-                self._restart(run, spec)
-            self._update_log(run, found.values())
-            for name in (_LOCK, _STOP, _EXIT):
-                path = run.path / name
-                if name not in found:
-                    if name == _STOP:
-                        path.unlink(missing_ok=True)
-                elif not path.exists():
-                    with suppress(RunNotFound):  # removed just now
-                        write_atomic(path, self.store.read(name, 0, found[name].size))
+        if _read(run.path / _VERSION) != found[_SPEC].version.encode():
+            self._restart(run, found[_SPEC])
+        self._update_log(run, found.values())
+        for name in (_LOCK, _STOP, _EXIT):
+            path = run.path / name
+            if name not in found:
+                if name == _STOP:
+                    path.unlink(missing_ok=True)
+            elif not path.exists():
+                with suppress(RunNotFound):  # removed just now
+                    write_atomic(path, self.store.read(name, 0, found[name].size))
 
     def _restart(self, run: RunDir, spec: ObjectInfo) -> None:
         """Replace the copy of an earlier run with the same id."""
         for path in run.path.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != ".copy.lock":
+            else:
                 path.unlink()
         write_atomic(run.spec, self.store.read(_SPEC, 0, spec.size))
         write_atomic(run.path / _VERSION, spec.version)

@@ -5,10 +5,12 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 import sqlalchemy as sa
+from sqlalchemy.engine.mock import MockConnection
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from tenacity import (
@@ -390,10 +392,23 @@ def _create(writer: sa.Engine) -> bool:
     with writer.begin() as connection:
         if sa.inspect(connection).get_table_names():
             return False
-        gateway_schema.jobs.metadata.create_all(connection, checkfirst=False)
+        for statement in _statements(connection.dialect.name, connection.dialect.driver):
+            connection.exec_driver_sql(statement)
         connection.execute(schema.revision.insert().values(version_num=schema.REVISION))
         connection.execute(schema.schema_version.insert().values(version=2))
     return True
+
+
+@cache
+def _statements(dialect: str, driver: str) -> tuple[str, ...]:
+    """Return the statements that create all tables, compiled once per process."""
+    found: list[str] = []
+    engine: MockConnection = sa.create_mock_engine(
+        f"{dialect}+{driver}://",
+        lambda ddl, *_, **__: found.append(str(ddl.compile(dialect=engine.dialect))),
+    )
+    gateway_schema.jobs.metadata.create_all(engine, checkfirst=False)
+    return tuple(found)
 
 
 def _engines(url: sa.URL) -> tuple[sa.Engine, sa.Engine]:

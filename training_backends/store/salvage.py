@@ -12,9 +12,10 @@ import os
 import shutil
 import sqlite3
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,10 +74,7 @@ def check(url: str, *, within: float | None = None) -> list[str]:
         return []
     problems = []
     try:
-        with closing(_open(path, "ro")) as connection:
-            if within is not None:
-                end = time.monotonic() + within
-                connection.set_progress_handler(lambda: time.monotonic() > end, _STEPS)
+        with closing(_open(path, "ro")) as connection, _limited(connection, within):
             for problem in _problems(connection):
                 problems.append(problem)  # noqa: PERF402  # keep those found before an error
     except sqlite3.Error as error:
@@ -148,6 +146,25 @@ def salvage(path: Path) -> Salvage:
             hint="Check free disk space; TMPDIR sets the directory for the copy.",
         ) from error
     return found
+
+
+@contextmanager
+def _limited(connection: sqlite3.Connection, seconds: float | None) -> Iterator[None]:
+    """Interrupt the statements of a connection after some seconds; None: never."""
+    if seconds is None:
+        yield
+        return
+    end = time.monotonic() + seconds
+    connection.set_progress_handler(lambda: time.monotonic() > end, _STEPS)
+    # quick_check reads the pages in a single step.
+    timer = threading.Timer(seconds, connection.interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 def _problems(connection: sqlite3.Connection) -> Iterator[str]:

@@ -101,7 +101,8 @@ async def test_two_nodes_train_a_run_that_anyone_with_the_store_can_follow(
     assert (found.run_id, found.state.status) == ("apart", TrainingStatus.COMPLETED)
     assert found.state.result_model == done.result_model
     await client.delete(run.id)
-    assert bucket.names() == []
+    assert not bucket.names()
+    assert not [*(tmp_path / "home/ray-objects").rglob("*apart*")]
 
 
 async def test_a_run_survives_what_can_happen_to_it(

@@ -35,6 +35,7 @@ CONFIG = TrainingConfig(model="tiny-mistral")
         ("training", "must be an absolute path or a URL"),
         ("ftp://host/training", "unknown scheme 'ftp'; use a path or s3://, gs://, az://"),
         ("hf://datasets/a/b", "unknown scheme 'hf'"),
+        ("s3:///training", "the name of the bucket is missing"),
         ("s3://key@bucket/training", "must not contain credentials"),
     ],
 )
@@ -143,3 +144,14 @@ def test_a_launch_uploads_the_data_before_the_spec_that_names_it(
     [source] = driver.read_spec().train
     assert source.local_path == driver.path / "data/train-0.jsonl.gz"
     assert source.local_path.read_bytes() == b"rows"
+
+
+def test_a_launch_without_its_data_uploads_nothing(bucket: Bucket, tmp_path: Path) -> None:
+    """As when a run is resumed on another machine."""
+    gone = DataSource(path=tmp_path / "gone.jsonl")
+    spec = RunSpec(run_id="r", model="tiny-mistral", train=(gone,), training_steps=1)
+    run = TrainingRun(id="r", backend="ray", config=CONFIG)
+    here = storage(bucket, tmp_path)
+    with pytest.raises(ConfigError, match=r"gone\.jsonl: the data is not on this machine"):
+        here.create(run, RunDir(here.home / "runs" / "r"), spec)
+    assert not bucket.names()

@@ -394,9 +394,11 @@ class RayBackend(LocalBackend):
         await super().delete(run)
 
     def _delete(self, run: TrainingRun) -> None:
-        if self._objects and read_ending(self._existing(run)):
-            self._objects.remove(run)
-        super()._delete(run)
+        directory = self._existing(run)
+        if self._objects and read_ending(directory):
+            self._objects.remove(directory)
+        else:
+            super()._delete(run)
 
     def _download(self, run: TrainingRun, target: Path) -> Path:
         self._fetch_result(run, "download")

@@ -14,7 +14,12 @@ from training_backends.backends.local.backend import require_same
 from training_backends.backends.local.checkpoint_copy import unknown_checkpoint
 from training_backends.core.concurrency import run_all
 from training_backends.core.config import DataSource
-from training_backends.core.errors import BackendUnavailable, Issue, TrainingBackendError
+from training_backends.core.errors import (
+    BackendUnavailable,
+    ConfigError,
+    Issue,
+    TrainingBackendError,
+)
 from training_backends.core.files import hold_lock
 from training_backends.core.run import Place, RunState, TrainingRun
 from training_backends.objects.store import ObjectStore
@@ -112,6 +117,7 @@ class ObjectStorage:
 
         Raises:
             DuplicateRun: There is another run with this id.
+            ConfigError: The data does not exist.
         """
         stored = self.stored(run.id)
         data: dict[str, Path] = {}
@@ -127,6 +133,9 @@ class ObjectStorage:
         if directory.spec.is_file():
             require_same(directory, spec, run)
             return
+        for path in data.values():
+            if not path.is_file():
+                raise ConfigError(f"{path}: the data is not on this machine.", run_id=run.id)
         stored.create(spec, data)
         stored.update(directory, is_new=True)
 
@@ -195,9 +204,11 @@ class ObjectStorage:
             target.copy_checkpoint(source, each, found[each])
         return step
 
-    def remove(self, run: TrainingRun) -> None:
-        """Remove a run from the store. Blocking."""
-        self.stored(run.id).remove()
+    def remove(self, directory: RunDir) -> None:
+        """Remove a run from the store, and its copy. Blocking."""
+        stored = self.stored(directory.path.name)
+        stored.remove()
+        stored.update(directory, is_new=True)
 
 
 def _renamed(source: DataSource, name: str, data: dict[str, Path]) -> DataSource:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
@@ -78,7 +79,10 @@ class RaySettings(ServerSettings):
         if scheme_of(text) not in _STORES:
             known = ", ".join(f"{scheme}://" for scheme in _STORES)
             raise ValueError(f"unknown scheme {text.partition(':')[0]!r}; use a path or {known}")
-        if "@" in text or "?" in text:
+        if not urlsplit(text).netloc:
+            raise ValueError("the name of the bucket is missing")
+        # Microsoft's own form has the account there: abfs://container@account.
+        if "?" in text or ("@" in text and not text.startswith("abfs")):
             raise ValueError("the URL must not contain credentials or a query")
         return text.rstrip("/")
 
