@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -75,7 +76,15 @@ def serve(home: str, store_url: str, port: int) -> None:
             await anyio.sleep_forever()
 
     os.environ["PYTHON_KEYRING_BACKEND"] = "keyring.backends.fail.Keyring"
+    threading.Thread(target=_end_with_the_benchmark, daemon=True).start()
     anyio.run(run)
+
+
+def _end_with_the_benchmark() -> None:
+    benchmark = multiprocessing.parent_process()
+    assert benchmark is not None
+    benchmark.join()
+    os._exit(1)
 
 
 class Fleet:
@@ -152,6 +161,8 @@ def start_proxy(directory: Path, ports: list[int]) -> tuple[subprocess.Popen[byt
             "location / { proxy_pass http://gateways; proxy_request_buffering off; } } }\n"
         )
         command = [program, "-p", str(directory), "-c", str(config)]
+    if shutil.which("setpriv"):  # ends with the benchmark, however that ends
+        command = ["setpriv", "--pdeathsig=TERM", *command]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), port
 
 

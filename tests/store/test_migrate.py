@@ -86,6 +86,7 @@ def test_losses_that_checkpoints_had_overwritten_are_put_back(
         *(f"DROP INDEX {index}" for index in _NEW_INDEXES),
         *(f"DROP TABLE {table}" for table in gateway_schema.GATEWAY_TABLES),
         "DROP TABLE gateway_job_counts",
+        "DROP TABLE destinations",
         "UPDATE alembic_version SET version_num = '0002'",
     )
     assert store.metrics("r") == sound

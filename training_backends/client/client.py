@@ -138,6 +138,8 @@ class AsyncTrainingClient:
             status=self.status,
             credentials=self._credentials,
             object_options=objects.options,
+            store=self._store,
+            leases=self._leases,
         )
         self._making = anyio.Lock()
         self._closed = False
@@ -273,6 +275,7 @@ class AsyncTrainingClient:
         """
         chosen = await self._backend(backend)
         config = await self._preparation.recorded(config, chosen)
+        await to_thread.run_sync(self._results.check_destination, config)
         run_id = new_run_id() if run_id is None else _require_text("run_id", run_id)
         watch = LaunchWatch(
             on_progress=on_progress, on_update=on_update, on_notice=on_notice, confirm=confirm
@@ -549,7 +552,13 @@ class AsyncTrainingClient:
         """Return the watcher that `watch` runs, to call `sweep` yourself."""
         self._require_open()
         return Watcher(
-            self._store, self._leases, self._poller, on_event=on_event, only=only, sources=sources
+            self._store,
+            self._leases,
+            self._poller,
+            on_event=on_event,
+            only=only,
+            sources=sources,
+            deliver_results=self._results.deliver_due,
         )
 
     async def wait(
@@ -585,7 +594,7 @@ class AsyncTrainingClient:
         reached |= {run.id: run for run in now.values() if is_reached(run, wanted)}
         left -= reached.keys()
         if not left:
-            return [reached[run.id] for run in runs]
+            return [await self._results.deliver(reached[run.id]) for run in runs]
         subject = "1 run is" if len(left) == 1 else f"{len(left)} runs are"
         raise WaitTimeout(
             f"Timed out after {timeout:g} s; {subject} still in progress.",

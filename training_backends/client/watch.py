@@ -45,6 +45,7 @@ class Watcher:
         only: Names of the backends to watch; None: all.
         sources: Deliver only events of these sources, see `LogRecord`, and leave others to other
             watchers; None: all.
+        deliver_results: Copies results that are due.
 
     Raises:
         ValueError: Records of a source are not delivered.
@@ -59,6 +60,7 @@ class Watcher:
         on_event: OnEvent | None = None,
         only: Collection[str] | None = None,
         sources: Collection[str] | None = None,
+        deliver_results: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         sources = {sources} if isinstance(sources, str) else sources
         if sources is not None and (others := set(sources) - EVENT_SOURCES):
@@ -73,6 +75,7 @@ class Watcher:
         self._on_event = on_event
         self._only = only
         self._sources = sources
+        self._deliver_results = deliver_results
         self._pollers: dict[str, Poller] = {}
         self._woken = anyio.Event()
 
@@ -84,6 +87,7 @@ class Watcher:
         """
         failed: list[Exception] = []
         async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._copying, tasks, failed)
             while not failed:
                 woken = self._woken
                 for name in await self._names():
@@ -91,6 +95,17 @@ class Watcher:
                         tasks.start_soon(self._guarded, name, tasks, failed)
                 await _rest(NEW_RUNS_INTERVAL, woken)
         raise failed[0]
+
+    async def _copying(self, tasks: TaskGroup, failed: list[Exception]) -> None:
+        """Copy results to the destinations of their runs until cancelled."""
+        while self._deliver_results is not None:
+            woken = self._woken
+            try:
+                await self._deliver_results()
+            except Exception as error:  # raised by the store
+                failed.append(error)
+                tasks.cancel_scope.cancel()
+            await _rest(NEW_RUNS_INTERVAL, woken)
 
     def wake(self) -> None:
         """Look for due runs now, in the event loop of `run`: one was just launched."""
@@ -110,6 +125,8 @@ class Watcher:
             finally:
                 await self._deliver(name)
             asked, details = asked + done.asked, details + done.details
+        if self._deliver_results is not None:
+            await self._deliver_results()
         return PollResult(asked=asked, details=details)
 
     async def _names(self) -> list[str]:

@@ -127,6 +127,7 @@ def config_issues(
             yield _unsupported(f"hyperparameters.{name}", name, backend)
     yield from _data_issues(config, capabilities, backend)
     yield from _result_issues(config, capabilities, backend)
+    yield from _destination_issues(config, capabilities, backend)
     yield from _suffix_issues(config.suffix, capabilities.suffix, backend)
     for name in _set_fields(config.resources):
         if name not in capabilities.resources:
@@ -201,6 +202,13 @@ def _result_issues(
             field="data.validation",
             fix="set it, or use `result.checkpoint: last`",
         )
+
+
+def _destination_issues(
+    config: TrainingConfig, capabilities: Capabilities, backend: str
+) -> Iterator[Issue]:
+    if config.result.destination is not None and not capabilities.downloads:
+        yield _unsupported("result.destination", "downloads of the trained model", backend)
 
 
 def _suffix_issues(suffix: str | None, rule: SuffixRule | None, backend: str) -> Iterator[Issue]:

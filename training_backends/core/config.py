@@ -236,6 +236,12 @@ class Result(_Model):
         description="The trained model: the last state, or the checkpoint with the lowest "
         "validation loss.",
     )
+    destination: str | None = Field(
+        default=None,
+        pattern=r"^(s3|gs|az)://[^/\s?#]+(/[^\s?#]*)?$",
+        description="Object store to which the trained model is copied when the run has completed, "
+        "below a directory with the run's id: s3://bucket/prefix.",
+    )
 
 
 class Resources(_Model):

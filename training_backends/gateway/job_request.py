@@ -17,6 +17,7 @@ from training_backends.core.config import (
     Data,
     DataSource,
     Hyperparameters,
+    Result,
     TrainingConfig,
 )
 from training_backends.core.integrations import WandbIntegration
@@ -158,6 +159,8 @@ def make_config(
     job_id: str,
     options: Mapping[str, Any],
     capabilities: Capabilities,
+    *,
+    destination: str | None = None,
 ) -> TrainingConfig:
     """Return the training configuration of a job, with only what its request sets.
 
@@ -165,6 +168,7 @@ def make_config(
 
     Args:
         sources: The files by the ids in the request.
+        destination: Where the result is copied, if the backend can download it.
     """
     return TrainingConfig(
         model=job.offer.target,
@@ -178,6 +182,7 @@ def make_config(
         ),
         hyperparameters=Hyperparameters(**job.hyperparameters),
         suffix=job.suffix if capabilities.suffix else None,
+        result=Result(destination=destination if capabilities.downloads else None),
         classifier_targets=tuple(
             ClassifierTarget.model_validate(target) for target in job.classifier_targets
         ),

@@ -339,6 +339,7 @@ class JobService:
             job_id,
             backend.options_tolerating(job.tolerated) if job.tolerated else {},
             backend.capabilities,
+            destination=self._settings.results,
         )
 
     def _find(

@@ -5,8 +5,16 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import AnyHttpUrl, Field, IPvAnyNetwork, SecretStr, field_validator
+from pydantic import (
+    AnyHttpUrl,
+    Field,
+    IPvAnyNetwork,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 
+from training_backends.core.config import Result
 from training_backends.core.settings import SectionSettings
 from training_backends.objects.settings import hide_secrets
 from training_backends.objects.store import is_object_url
@@ -37,6 +45,11 @@ class GatewaySettings(SectionSettings):
         default=None,
         description="Where uploaded files are stored, such as `s3://bucket/prefix` or "
         "`file:///directory`; default: in the gateway's home.",
+    )
+    results: str | None = Field(
+        default=None,
+        description="Where the models of completed jobs are copied, such as `s3://bucket/prefix`; "
+        "default: nowhere.",
     )
     blob_options: dict[str, Any] = Field(
         default={},
@@ -228,6 +241,14 @@ class GatewaySettings(SectionSettings):
             known = ", ".join(f"{scheme}://" for scheme in ("s3", "gs", "az"))
             raise ValueError(f"use a URL that starts with file:///, {known}")
         return value
+
+    @field_validator("results")
+    @classmethod
+    def _is_destination(cls, value: str | None) -> str | None:
+        try:
+            return Result(destination=value).destination
+        except ValidationError:
+            raise ValueError("use a URL such as s3://bucket/prefix, gs://… or az://…") from None
 
     @field_validator("blob_options")
     @classmethod

@@ -14,6 +14,8 @@ __all__ = ["MANIFEST", "fetch", "path_below", "publish"]
 
 MANIFEST: Final = "manifest.json"
 """Written last: without it, a copy is incomplete."""
+_BEGUN: Final = "manifest.begun.json"
+"""The files that an incomplete copy has."""
 
 
 def publish(
@@ -25,6 +27,8 @@ def publish(
     replace: bool = False,
 ) -> None:
     """Copy a file or the files of a directory, unless a complete copy of them is there. Blocking.
+
+    A copy that was interrupted is continued.
 
     Args:
         about: Stored in the manifest, for example the run.
@@ -42,7 +46,7 @@ def publish(
         {"name": name, "size": digest.size, "sha256": digest.sha256}
         for name, (_, digest) in found.items()
     ]
-    known = _manifest(store)
+    known = _read(store, MANIFEST)
     if known is not None:
         if known.get("files") == files:
             return
@@ -51,15 +55,26 @@ def publish(
                 f"{store.url} has another result.", hint="Choose a URL with nothing below it."
             )
         store.remove(MANIFEST)
+    before = (_read(store, _BEGUN) or {}).get("files", [])
+    if any(entry not in files for entry in before):  # of something else
+        store.remove(_BEGUN)
+        before = []
+    copied: list[dict[str, Any]] = []
     done, total = 0, sum(digest.size for _, digest in found.values())
-    for name, (path, digest) in found.items():
-        store.put(name, path)
+    for entry, (name, (path, digest)) in zip(files, found.items(), strict=True):
+        if entry not in before:
+            store.put(name, path)
+        copied.append(entry)
+        if entry not in before and len(copied) < len(files):
+            store.write(_BEGUN, json.dumps({"files": copied}).encode())
         if store.info(name).size != digest.size:
             raise BackendUnavailable(f"{store.place(name)}: the object is incomplete.")
         done += digest.size
         if on_progress:
             on_progress(name, done, total)
     store.write(MANIFEST, json.dumps({**about, "files": files}, indent=2).encode())
+    if len(files) > 1:
+        store.remove(_BEGUN)
 
 
 def fetch(store: ObjectStore, target: Path) -> bool:
@@ -70,7 +85,7 @@ def fetch(store: ObjectStore, target: Path) -> bool:
     Raises:
         BackendUnavailable: The store cannot be used, or a file differs from the manifest.
     """
-    manifest = _manifest(store)
+    manifest = _read(store, MANIFEST)
     if manifest is None:
         return False
     temporary = target.with_name(f".{target.name}.tmp")
@@ -101,9 +116,9 @@ def path_below(directory: Path, name: str) -> Path:
     return directory / path
 
 
-def _manifest(store: ObjectStore) -> dict[str, Any] | None:
+def _read(store: ObjectStore, name: str) -> dict[str, Any] | None:
     try:
-        content = store.read(MANIFEST, 0, store.info(MANIFEST).size)
+        content = store.read(name, 0, store.info(name).size)
     except RunNotFound:
         return None
     try:

@@ -17,7 +17,15 @@ from training_backends.core.status import TrainingStatus
 from training_backends.store.database import Database, announce
 from training_backends.store.leases import Lease, require
 from training_backends.store.runs import change_run, find_run
-from training_backends.store.schema import IS_STATUS, as_text, deliveries, metrics, records, runs
+from training_backends.store.schema import (
+    IS_STATUS,
+    as_text,
+    deliveries,
+    destinations,
+    metrics,
+    records,
+    runs,
+)
 
 __all__ = ["EVENT_SOURCES", "Delivery", "MetricPoint", "Metrics", "Timeline"]
 
@@ -298,6 +306,9 @@ class Timeline(Database):
 def _mark_complete(connection: sa.Connection, row: Any, run: TrainingRun) -> None:
     if run.status.is_terminal and not row.whole:
         connection.execute(runs.update().where(runs.c.id == row.id).values(whole=True))
+        if run.status is TrainingStatus.COMPLETED and run.config.result.destination is not None:
+            due = {"run_id": run.id, "due_at": as_text(utc_now()), "attempts": 0}
+            connection.execute(destinations.insert().values(due))
 
 
 def _prepared(found: Sequence[LogRecord]) -> list[LogRecord]:

@@ -14,6 +14,7 @@ __all__ = [
     "BigInteger",
     "as_text",
     "deliveries",
+    "destinations",
     "documents",
     "journal",
     "leases",
@@ -41,7 +42,7 @@ def short_text(length: int) -> sa.String:
     return sa.String(length).with_variant(sa.Text(collation="C"), "postgresql")
 
 
-REVISION = "0010"
+REVISION = "0011"
 """Latest revision in `migrations/versions`."""
 
 metadata = sa.MetaData()
@@ -171,4 +172,13 @@ deliveries = sa.Table(
     ),
     sa.Column("backend", short_text(128), nullable=False),
     sa.Index("deliveries_by_backend", "backend", "id"),
+)
+# Results of completed runs that are to be copied to the destination of their run.
+destinations = sa.Table(
+    "destinations",
+    metadata,
+    _of_run(),
+    sa.Column("due_at", short_text(40), nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Index("destinations_by_time", "due_at"),
 )
