@@ -225,7 +225,7 @@ class Retention:
         return freed - await to_thread.run_sync(_sizes, places)
 
     async def _checkpoints(self, job: Any, sweep: "_Sweep") -> int | None:
-        """Delete the checkpoints of a job that nobody uses; return the bytes freed."""
+        """Delete the unused checkpoints of a job; return the bytes freed."""
         run = await self._find_run(job)
         if run is None:
             if not sweep.dry_run:
@@ -348,7 +348,7 @@ def _expire_run(connection: sa.Connection, job_id: str, sweep: _Sweep) -> bool:
 def _unused_steps(
     connection: sa.Connection, job_id: str, steps: Collection[int], sweep: _Sweep
 ) -> set[int]:
-    """Return the steps of the checkpoints that nobody needs any more."""
+    """Return the steps of the checkpoints that are no longer needed."""
     used = used_steps(load_job(connection, job_id), sweep.before, steps)
     return {*steps} - used - _derived(connection, job_id)
 

@@ -162,10 +162,10 @@ class GatewaySettings(SectionSettings):
         "default: never.",
     )
     keep_checkpoints_days: float | None = Field(
-        default=30.0,
+        default=None,
         gt=0,
         description="Days without use after which the checkpoints of completed jobs are deleted; "
-        "null: never.",
+        "default: never.",
     )
     keep_files_days: float | None = Field(
         default=None,

@@ -38,7 +38,7 @@ _PARTS: Final = ("", "-wal", "-shm")
 _MAGIC: Final = b"SQLite format 3\0"
 _HEADER: Final = 100
 _STEPS: Final = 10_000
-"""Instructions of SQLite between two looks at the clock; some milliseconds."""
+"""Instructions of SQLite between two readings of the clock; some milliseconds."""
 _LOCKED_BYTES: Final = (510, 0x40000002)
 """Every process with an open database in WAL mode holds a shared lock in this range
 (https://www.sqlite.org/src/file/src/os.h, SHARED_FIRST and SHARED_SIZE)."""
