@@ -31,8 +31,9 @@ help: ## Show this list
 quickstart: $(VENV)/.run ## Train a small model through the whole system, on this machine
 	$(BIN)/training-backends quickstart
 
+# Four processes on two cores, because the tests wait for about half of their time.
 test: $(VENV)/.dev ## Run the tests
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 4 --dist worksteal
 
 test-thorough: $(VENV)/.dev ## Run the tests with long searches (over an hour)
 	$(BIN)/pytest -n 2 --dist worksteal --timeout 1800 --hypothesis-profile thorough

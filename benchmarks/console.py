@@ -31,6 +31,7 @@ import training_backends.gateway
 from training_backends.gateway.server import running
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.store.gateway_schema import jobs
+from training_backends.store.job_counts import recount_jobs
 from training_backends.testing.backend import ScriptedBackend
 
 KEY = "a-key-for-the-benchmark"
@@ -88,7 +89,9 @@ def gateway(count: int, backend: ScriptedBackend) -> Iterator[str]:
         with portal.wrap_async_context_manager(opening) as served:
             rows = [row(number) for number in range(count)]
             if rows:
-                served.gateway.store.write(lambda c: c.execute(sa.insert(jobs), rows))
+                served.gateway.store.write(
+                    lambda c: (c.execute(sa.insert(jobs), rows), recount_jobs(c))
+                )
             yield served.url
 
 

@@ -229,7 +229,7 @@ async def test_endless_validation_times_out_and_goes_on(
 ) -> None:
     """Validation that takes too long is an error; the same launch repeated goes on."""
     provider.auto = "none"
-    config = make_config(model="open-mistral-7b", options={"validate_timeout": 0.1})
+    config = make_config(model="open-mistral-7b", options={"validate_timeout": 1})
     journal = make_journal(config)
     with pytest.raises(WaitTimeout, match="QUEUED") as caught:
         await backend.launch(journal.run, journal)

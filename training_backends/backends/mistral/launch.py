@@ -165,8 +165,9 @@ class Launch:
                     if job.status == "VALIDATED" or is_ending(job) or has_started(job):
                         return job
                 await anyio.sleep(max(polls.next(), asked))
+        found = f"its status is {word}" if word else "its status was not read"
         raise WaitTimeout(
-            f"Timed out: the provider did not validate job {job_id} within {limit:g} s ({word}).",
+            f"Timed out: the provider did not validate job {job_id} within {limit:g} s; {found}.",
             hint=f"Run `training-backends launch --id {self.run.id}` with the same configuration "
             "to continue; options.validate_timeout sets the timeout.",
         )
