@@ -200,6 +200,7 @@ async def test_ten_times_the_jobs_cost_no_more(
                 name: await cost(filled.stores, work) for name, work in filled.operations.items()
             }
     few, many = costs.values()
-    grown = {name: (few[name], many[name]) for name in few if many[name] > 1.5 * few[name]}
+    # An insertion may split pages; a scan of 9,000 more rows takes far more than 50.
+    grown = {name: (few[name], many[name]) for name in few if many[name] > 1.5 * few[name] + 50}
     assert min(few.values()) > 0
     assert not grown
