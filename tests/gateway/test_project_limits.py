@@ -172,7 +172,10 @@ async def test_a_job_beyond_the_limit_waits_until_another_ends(tmp_path: Path) -
         for suffix in "bcd":
             job = await here.create(files=[file_id], suffix=suffix, auto_start=True)
             later.append(job["id"])
-            await until(lambda: to_thread.run_sync(here.served.gateway.store.read, _waits))
+            await until(
+                lambda: to_thread.run_sync(here.served.gateway.store.read, _waits),
+                lambda waiting: later[-1] in waiting,
+            )
         waits = [await here.until(job_id, "QUEUED") for job_id in later]
         assert len(here.backend.created) == 1
         assert [event["data"]["status"] for event in waits[0]["events"]][-1] == "VALIDATED"
