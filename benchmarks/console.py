@@ -89,9 +89,12 @@ def gateway(count: int, backend: ScriptedBackend) -> Iterator[str]:
         with portal.wrap_async_context_manager(opening) as served:
             rows = [row(number) for number in range(count)]
             if rows:
-                served.gateway.store.write(
-                    lambda c: (c.execute(sa.insert(jobs), rows), recount_jobs(c))
-                )
+
+                def fill(connection: sa.Connection) -> None:
+                    connection.execute(sa.insert(jobs), rows)
+                    recount_jobs(connection)
+
+                served.gateway.store.write(fill)
             yield served.url
 
 
