@@ -228,6 +228,9 @@ class ChatTemplate(_Model):
         return ConfigError("The chat template cannot be used.", issues=[issue])
 
 
+_DESTINATION: Final = re.compile(r"^(s3|gs|az)://[^/\s?#]+(/[^\s?#]*)?$")
+
+
 class Result(_Model):
     """What a run returns."""
 
@@ -238,10 +241,17 @@ class Result(_Model):
     )
     destination: str | None = Field(
         default=None,
-        pattern=r"^(s3|gs|az)://[^/\s?#]+(/[^\s?#]*)?$",
+        json_schema_extra={"pattern": _DESTINATION.pattern},
         description="Object store to which the trained model is copied when the run has completed, "
         "below a directory with the run's id: s3://bucket/prefix.",
     )
+
+    @field_validator("destination")
+    @classmethod
+    def _is_object_store(cls, value: str | None) -> str | None:
+        if value is not None and not _DESTINATION.fullmatch(value):
+            raise ValueError("use a URL such as s3://bucket/prefix, gs://… or az://…")
+        return value
 
 
 class Resources(_Model):
