@@ -64,7 +64,11 @@ def test_a_revoked_key_is_listed_as_such(run: Run) -> None:
     [
         (("create", "--expires", "2020-01-31"), 3, "2020-01-31 23:59 is in the past"),
         (("create", "--expires", "30"), 3, "such as 30d or 12h, or a date such as"),
-        (("create", "--scope", "root"), 2, "'read', 'write', 'admin'"),
+        (
+            ("create", "--scope", "root"),
+            2,
+            "'--scope': 'root' is not one of 'read', 'write', 'admin'",
+        ),
         (("create", "--project", "A b"), 3, "Invalid project name 'A b'"),
         (("revoke", "00000000"), 4, "Gateway key '00000000' not found"),
     ],

@@ -192,7 +192,8 @@ def _wrong_usage(error: Any) -> TrainingBackendError:
     from training_backends.core.redaction import redact, register_environment
 
     register_environment()
-    error.message = redact(str(error.message))
+    # pydantic, which typer validates choices with, puts the kind of an error before its text.
+    error.message = redact(str(error.message).removeprefix("Value error, "))
     shown = StringIO()
     error.show(shown)
     # typer escapes the arguments that it quotes itself; this covers messages of our commands.
