@@ -217,7 +217,7 @@ class RemoteFilters(BaseModel, frozen=True, extra="forbid"):
 
 
 class RemoteRun(BaseModel, frozen=True):
-    """A job in the provider's list, whoever created it.
+    """A job in the provider's list, also one that was created elsewhere.
 
     Attributes:
         run_id: Our run id, if the provider stores it.
@@ -469,7 +469,7 @@ class TrainingBackend(ABC):
         return found
 
     async def list_remote(self, filters: RemoteFilters) -> Sequence[RemoteRun]:
-        """List the provider's jobs, whoever created them; override if supported."""
+        """List all jobs of the account, also those created elsewhere; override if supported."""
         del filters
         raise self.unsupported("list the provider's jobs")
 

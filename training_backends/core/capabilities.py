@@ -65,7 +65,7 @@ class Capabilities(BaseModel, frozen=True):
         samples: The trained model can be prompted.
         samples_chats: It can also be asked to continue a conversation of several messages.
         deletes: Runs can be deleted.
-        lists_remote: All jobs of the account can be listed, whoever created them.
+        lists_remote: All jobs of the account can be listed, also those created elsewhere.
         provider_format: Provider format of the training data.
     """
 

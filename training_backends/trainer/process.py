@@ -77,7 +77,7 @@ def train_admitted(admission: Admission, launch: Launch | None = None) -> Traine
             raise
         record = _failed(run, error)
     if record.status == "stopped" and admission.stop.suspends:
-        # Without an exit.json, whoever observes the run restarts it like any queued one.
+        # Without an exit.json, the next observation restarts the run like any queued one.
         message = f"Suspended at step {record.step}; continues when observed again"
         run.reserve.unlink(missing_ok=True)
         report_status(run, "queued", message, step=record.step)
