@@ -416,12 +416,35 @@ class _Listener(socket.socket):
 
 
 class _Server(uvicorn.Server):
-    """A server that leaves signal handling to the embedding program."""
+    """A server that the embedding program starts and stops, instead of signals."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.is_listening = anyio.Event()
+        self._stop_requested = anyio.Event()
+
+    def request_stop(self) -> None:
+        """Stop accepting connections and finish the requests in progress."""
+        self.should_exit = True
+        self._stop_requested.set()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Do not capture signals."""
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.is_listening.set()
+
+    async def main_loop(self) -> None:
+        """Update the date header once a second until asked to stop.
+
+        uvicorn wakes up ten times a second, and stops at the next of them.
+        """
+        while not await self.on_tick(0):
+            with anyio.move_on_after(1):
+                await self._stop_requested.wait()
 
 
 @asynccontextmanager
@@ -502,8 +525,7 @@ async def _serving(
     server = _Server(config)
     async with beside() as tasks:
         tasks.start_soon(server.serve, [listener])
-        while not server.started:  # noqa: ASYNC110  # uvicorn sets no event
-            await anyio.sleep(0.01)
+        await server.is_listening.wait()
         try:
             yield
         finally:
@@ -511,7 +533,7 @@ async def _serving(
             if settings.shutdown_delay:
                 await anyio.sleep(settings.shutdown_delay)
             gateway.feed.close()  # or shutdown would wait for the open pages
-            server.should_exit = True
+            server.request_stop()
 
 
 def _bounds(settings: GatewaySettings) -> Bounds:
