@@ -132,6 +132,7 @@ def stored(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     """Store two runs seen six hours ago: `done` has completed since, `live` has not."""
     monkeypatch.setenv("MISTRAL_API_KEY", "k" * 32)
     monkeypatch.setenv("TRAINING_BACKENDS_MISTRAL__BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("TRAINING_BACKENDS_MISTRAL__ATTEMPTS", "1")
     home = config_file.parent / "home"
     home.mkdir()
     config = load_config(config_file).config

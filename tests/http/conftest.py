@@ -65,7 +65,8 @@ def make_client(server: LoopbackServer, keys: Keys) -> Callable[..., HttpClient]
     """Make clients with short patience."""
 
     def make(url: str | None = None, **policy: Any) -> HttpClient:
-        chosen = HttpPolicy(**{"read_timeout": 5.0, "call_timeout": 10.0, "attempts": 3, **policy})
+        short = {"read_timeout": 5.0, "call_timeout": 10.0, "attempts": 3, "retry_pause": 0.01}
+        chosen = HttpPolicy(**{**short, **policy})
         return HttpClient(url or server.base_url, key=keys, decode_error=decode, policy=chosen)
 
     return make

@@ -27,6 +27,8 @@ class HttpPolicy:
         upload_timeout: From the last byte of a file to the end of the response, while the server
             checks the file.
         attempts: Maximum attempts per request.
+        retry_pause: Longest pause before the second attempt; it doubles with each further one, up
+            to 20.
         max_connections: Pool size; httpx's cost per request triples beyond about five in flight.
     """
 
@@ -37,6 +39,7 @@ class HttpPolicy:
     call_timeout: float = 120.0
     upload_timeout: float = 600.0
     attempts: int = 5
+    retry_pause: float = 0.5
     max_connections: int = 5
 
 

@@ -3,10 +3,9 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from functools import partial
 from random import SystemRandom
 
 from training_backends.core.backoff import Backoff
@@ -14,7 +13,6 @@ from training_backends.core.errors import BackendUnavailable, RateLimited
 
 __all__ = ["RetryRule", "read_date_ahead", "read_retry_after"]
 
-_FIRST_WAIT = 0.5
 _LONGEST_WAIT = 20.0
 _LONGEST_TOLD = 365 * 86400.0
 """Seconds; limits a Retry-After, so that it can be added to a date."""
@@ -48,6 +46,7 @@ class RetryRule:
     Attributes:
         repeatable: Whether the request is safe to repeat.
         attempts: Maximum number of attempts.
+        first_pause: Longest pause in seconds before the second attempt; it doubles each time.
         patience: Maximum sum of all pauses in seconds. Attempts do not count, so that one that
             hung does not prevent a retry.
         latest: Deadline of the call, in the time of `time.monotonic`.
@@ -58,13 +57,17 @@ class RetryRule:
     repeatable: bool
     attempts: int
     patience: float
+    first_pause: InitVar[float] = 0.5
     latest: float = math.inf
     jitter: Callable[[float, float], float] = field(default=SystemRandom().uniform)
     retry_after: float | None = None
     wait: float = 0.0
-    _backoff: Backoff = field(default_factory=partial(Backoff, _FIRST_WAIT, _LONGEST_WAIT))
+    _backoff: Backoff = field(init=False)
     _tried: int = 0
     _waited: float = 0.0
+
+    def __post_init__(self, first_pause: float) -> None:
+        self._backoff = Backoff(first_pause, _LONGEST_WAIT)
 
     def __call__(self, error: BaseException) -> bool:
         """Return whether to retry after a failed attempt, and set `wait`."""

@@ -31,6 +31,10 @@ class ServerSettings(SectionSettings):
         description="Timeout of the response to an upload, which includes validation.",
     )
     attempts: PositiveInt = Field(default=5, description="Maximum attempts per request.")
+    retry_pause: PositiveFloat = Field(
+        default=0.5,
+        description="Longest pause before the second attempt; doubles with each further one.",
+    )
     poll_min: PositiveFloat = Field(default=0.5, description="Shortest polling interval.")
     poll_max: PositiveFloat | None = Field(
         default=None, description="Longest polling interval; default: 2 on loopback, else 10."
@@ -75,4 +79,5 @@ class ServerSettings(SectionSettings):
             call_timeout=self.call_timeout,
             upload_timeout=self.upload_timeout,
             attempts=self.attempts,
+            retry_pause=self.retry_pause,
         )

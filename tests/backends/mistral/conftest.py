@@ -51,6 +51,7 @@ def make_backend(provider: ScriptedProvider, secrets: Secrets) -> Callable[..., 
     def make(**settings: object) -> MistralAPIBackend:
         values = {
             "base_url": provider.base_url,
+            "retry_pause": 0.01,
             "poll_min": 0.01,
             "poll_max": 0.02,
             "attempts": 3,

@@ -64,6 +64,7 @@ def make_backend(
         values = {
             "base_url": provider.url,
             "query": provider.query,
+            "retry_pause": 0.01,
             "poll_min": 0.01,
             "poll_max": 0.02,
             "attempts": 2,

@@ -51,6 +51,7 @@ def make_backend(
     def make(**settings: object) -> TogetherBackend:
         values = {
             "base_url": provider.base_url,
+            "retry_pause": 0.01,
             "poll_min": 0.005,
             "poll_max": 0.01,
             "attempts": 2,
