@@ -24,6 +24,8 @@ from training_backends.trainer.objectives.tokens import TokenObjective
 from training_backends.trainer.process import work
 from training_backends.trainer.ray_stored import DriverLink, Worker
 
+_DIGITS = 5
+
 
 def main() -> None:
     """Serve one request after the other."""
@@ -33,13 +35,20 @@ def main() -> None:
         for run in runs:
             Outcome(run).directory.mkdir(exist_ok=True)
             encode_data(run, run.read_spec(), lambda: False)
-        store = loopback_store()
+        ports, told = os.pipe()
         children = []
         for rank in range(size):
             if (child := os.fork()) == 0:
-                os._exit(_train(rank, size, store.port, runs, request))
+                port = int(os.read(ports, _DIGITS))
+                os._exit(_train(rank, size, port, runs, request))
             children.append(child)
+        # Not before: its thread may hold a lock of libc, which a process forked then waits for.
+        store = loopback_store()
+        os.write(told, f"{store.port:{_DIGITS}}".encode() * size)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        del store
+        os.close(ports)
+        os.close(told)
         for run in runs:
             if record := Outcome(run).read():
                 run.write_exit(record)
