@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import anyio
@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from anyio import to_thread
 from anyio.abc import TaskGroup
 
+from training_backends.backends.local.interpreter import Interpreter
 from training_backends.client.client import AsyncTrainingClient
 from training_backends.client.leases import Leases
 from training_backends.core.backend import TrainingBackend
@@ -245,37 +246,24 @@ async def open_gateway(
             await uploads.open()
         tasks = await stack.enter_async_context(beside())
         stack.callback(tasks.cancel_scope.cancel)
-        use = ModelUse(store)
-        weights = WeightService(
-            store, client, backend=backend, catalogue=catalogue, use=use, root=root
-        )
-        if lock.alone:
-            await weights.sweep()
         interpreter = None
         if settings.inference_url is None:
             interpreter = await to_thread.run_sync(find_interpreter, found)
-        checkpoints = CheckpointModels(
+        models = _open_models(
+            stack,
             store,
             client,
-            organization_id=settings.organization_id,
-            directory=root / "checkpoints",
-        )
-        if lock.alone:
-            await checkpoints.sweep()
-        chat = ChatService(
-            store,
             tasks,
-            checkpoints,
-            interpreter=interpreter,
+            backend=backend,
             catalogue=catalogue,
-            weights=weights,
-            use=use,
             settings=settings,
             root=root,
+            interpreter=interpreter,
         )
-        stack.push_async_callback(chat.aclose)
         if lock.alone:
-            await chat.sweep()
+            await models.weights.sweep()
+            await models.checkpoints.sweep()
+            await models.chat.sweep()
         if shared:
             lock.settle()
         public_url = str(settings.public_url or url).rstrip("/")
@@ -283,18 +271,6 @@ async def open_gateway(
         feed = ConsoleFeed(store)
         tasks.start_soon(feed.run)
         tasks.start_soon(uploads.sweep)
-        models = ModelService(
-            store,
-            client,
-            backend=backend,
-            catalogue=catalogue,
-            organization_id=settings.organization_id,
-            opened_at=time.time(),
-            weights=weights,
-            chat=chat,
-            checkpoints=checkpoints,
-            use=use,
-        )
         yield Gateway(
             settings=settings,
             home=root,
@@ -311,17 +287,17 @@ async def open_gateway(
                 store,
                 client,
                 files,
-                models=models,
+                models=models.service,
                 webhooks=await _webhooks(store, settings, vault),
                 backend=backend,
                 catalogue=catalogue,
                 secrets=vault,
                 settings=settings,
             ),
-            models=models,
-            weights=weights,
-            checkpoints=checkpoints,
-            chat=chat,
+            models=models.service,
+            weights=models.weights,
+            checkpoints=models.checkpoints,
+            chat=models.chat,
             links=links,
             catalogue=catalogue,
             sessions=ConsoleSessions(store, keys, public_url=public_url),
@@ -358,39 +334,74 @@ async def open_retention(
         limit, exclusive = settings.max_upload_bytes, client.exclusive
         files = FileService(store, blobs, limit=limit, pace=pace, exclusive=exclusive)
         tasks = await stack.enter_async_context(beside())
-        use = ModelUse(store)
-        weights = WeightService(store, client, backend="", catalogue=catalogue, use=use, root=root)
-        checkpoints = CheckpointModels(
+        models = _open_models(
+            stack,
             store,
             client,
-            organization_id=settings.organization_id,
-            directory=root / "checkpoints",
-        )
-        chat = ChatService(
-            store,
             tasks,
-            checkpoints,
-            interpreter=None,
+            backend="",
             catalogue=catalogue,
-            weights=weights,
-            use=use,
             settings=settings,
             root=root,
         )
-        stack.push_async_callback(chat.aclose)
-        models = ModelService(
-            store,
-            client,
-            backend="",
-            catalogue=catalogue,
-            organization_id=settings.organization_id,
-            opened_at=time.time(),
-            weights=weights,
-            chat=chat,
-            checkpoints=checkpoints,
-            use=use,
-        )
-        yield Retention(store, client, models, files, settings)
+        yield Retention(store, client, models.service, files, settings)
+
+
+class _Models(NamedTuple):
+    """The models of a gateway, their files and those who answer with them."""
+
+    service: ModelService
+    weights: WeightService
+    checkpoints: CheckpointModels
+    chat: ChatService
+
+
+def _open_models(
+    stack: AsyncExitStack,
+    store: GatewayStore,
+    client: AsyncTrainingClient,
+    tasks: TaskGroup,
+    *,
+    backend: str,
+    catalogue: Catalogue,
+    settings: GatewaySettings,
+    root: Path,
+    interpreter: Interpreter | None = None,
+) -> _Models:
+    """Open the services of models; `stack` ends the inference servers."""
+    use = ModelUse(store)
+    weights = WeightService(store, client, backend=backend, catalogue=catalogue, use=use, root=root)
+    checkpoints = CheckpointModels(
+        store,
+        client,
+        organization_id=settings.organization_id,
+        directory=root / "checkpoints",
+    )
+    chat = ChatService(
+        store,
+        tasks,
+        checkpoints,
+        interpreter=interpreter,
+        catalogue=catalogue,
+        weights=weights,
+        use=use,
+        settings=settings,
+        root=root,
+    )
+    stack.push_async_callback(chat.aclose)
+    service = ModelService(
+        store,
+        client,
+        backend=backend,
+        catalogue=catalogue,
+        organization_id=settings.organization_id,
+        opened_at=time.time(),
+        weights=weights,
+        chat=chat,
+        checkpoints=checkpoints,
+        use=use,
+    )
+    return _Models(service, weights, checkpoints, chat)
 
 
 def object_settings(settings: GatewaySettings) -> ObjectSettings:
