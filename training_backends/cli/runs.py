@@ -143,6 +143,20 @@ def _prompt_of(line: str, where: str) -> "Prompt":
         raise DatasetError(f"{where}: {error}") from None
 
 
+TagOption = Annotated[
+    list[str] | None,
+    typer.Option("--tag", "-t", metavar="NAME=VALUE", help="Only runs with this tag (repeatable)."),
+]
+StatusOption = Annotated[
+    str | None,
+    typer.Option(
+        "--status",
+        "-s",
+        metavar="STATUS",
+        help="Only runs with this status.",
+        autocompletion=complete_status,
+    ),
+]
 WatchOption = Annotated[bool, typer.Option("--watch", "-w", help="Keep showing the current state.")]
 
 
@@ -153,24 +167,12 @@ def list_runs(
             "--backend",
             "-b",
             metavar="NAME",
-            help="Filter by backend.",
+            help="Only runs on this backend.",
             autocompletion=complete_backend,
         ),
     ] = None,
-    status: Annotated[
-        str | None,
-        typer.Option(
-            "--status",
-            "-s",
-            metavar="STATUS",
-            help="Filter by status.",
-            autocompletion=complete_status,
-        ),
-    ] = None,
-    tag: Annotated[
-        list[str] | None,
-        typer.Option("--tag", "-t", metavar="NAME=VALUE", help="Filter by tag (repeatable)."),
-    ] = None,
+    status: StatusOption = None,
+    tag: TagOption = None,
     watch: WatchOption = False,
     cached: CachedOption = False,
     json: JsonOption = False,
@@ -609,24 +611,14 @@ def delete(
             autocompletion=complete_run,
         ),
     ] = None,
-    status: Annotated[
-        str | None,
-        typer.Option(
-            "--status",
-            "-s",
-            metavar="STATUS",
-            help="Delete runs with this status.",
-            autocompletion=complete_status,
-        ),
-    ] = None,
+    status: StatusOption = None,
     older_than: Annotated[
         str | None,
-        typer.Option("--older-than", metavar="AGE", help="Delete runs finished before, as 30d."),
+        typer.Option(
+            "--older-than", metavar="AGE", help="Only runs finished at least this long ago, as 30d."
+        ),
     ] = None,
-    tag: Annotated[
-        list[str] | None,
-        typer.Option("--tag", "-t", metavar="NAME=VALUE", help="Delete runs with this tag."),
-    ] = None,
+    tag: TagOption = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip the confirmation.")] = False,
     record_only: Annotated[
         bool,
