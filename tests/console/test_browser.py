@@ -66,12 +66,11 @@ async def test_a_run_by_hand(here: Site, chromium: Any) -> None:
         await page.get_by_label("Name").fill("by-hand")
         await shows(page, ".figures", "free")
         assert await launch.is_enabled()
-        before = len(here.backend.created)
         await launch.click()
         await shows(page, "h1", "by-hand")
         await shows(page, ".head .badge", "running")
 
-        (remote_id,) = here.backend.created[before:]
+        remote_id = await here.remote_id(page.url.rpartition("/")[2])
         for step in range(1, 6):
             here.backend.measure(remote_id, step, train_loss=2 / step)
         here.backend.measure(remote_id, 5, valid_loss=0.5)
@@ -198,12 +197,11 @@ async def test_an_injecting_name_is_only_text(here: Site, chromium: Any) -> None
         data={"purpose": "fine-tune"},
     )
     file_id = answer.json()["id"]
-    before = len(here.backend.created)
     body = {"model": "tiny-mistral", "training_file": file_id, "suffix": NASTY}
     created = await here.http.post("/openai/v1/fine_tuning/jobs", json=body)
     job_id = str(UUID(created.json()["id"].removeprefix("ftjob-")))
     await here.until(job_id, "RUNNING")
-    (remote_id,) = here.backend.created[before:]
+    remote_id = await here.remote_id(job_id)
     here.backend.log(remote_id, "</li><script>document.title='owned'</script>")
     here.backend.fail(remote_id, "<b>broken</b>")
     await here.until(job_id, "FAILED")
@@ -336,11 +334,10 @@ async def views(here: Site) -> dict[str, str]:
             "hyperparameters": {"training_steps": 30 + n, "learning_rate": 1e-4},
             "auto_start": True,
         }
-        before = len(here.backend.created)
         made = await here.http.post("/v1/fine_tuning/jobs", json=body, headers=headers)
         runs.append(made.json()["id"])
         await here.until(runs[n], "RUNNING")
-        (remote_id,) = here.backend.created[before:]
+        remote_id = await here.remote_id(runs[n])
         for step in (10, 20, 30):
             here.backend.measure(remote_id, step, train_loss=20 / step, valid_loss=21 / step)
         if n:

@@ -20,6 +20,7 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from tests.waiting import until
+from training_backends.core.errors import RunNotFound
 from training_backends.gateway.server import RunningGateway, running
 from training_backends.gateway.settings import GatewaySettings
 from training_backends.gateway.uploads import BlobStore
@@ -105,12 +106,20 @@ class Site:
 
         return await until(lambda: self.get(job_id), reached)
 
+    async def remote_id(self, job_id: str) -> str:
+        """Return the id that the backend gave a job, once it has one."""
+
+        async def look() -> str | None:
+            with suppress(RunNotFound):
+                return (await self.served.gateway.client.get(job_id)).remote_id
+            return None
+
+        return str(await until(look))
+
     async def started(self, **fields: Any) -> tuple[str, str]:
         """Create and start a job; return its id and the id that the backend gave it."""
-        before = len(self.backend.created)
-        job = await self.create(auto_start=True, **fields)
-        (remote_id, *_) = await until(lambda: self.backend.created[before:])
-        return job["id"], remote_id
+        job_id = (await self.create(auto_start=True, **fields))["id"]
+        return job_id, await self.remote_id(job_id)
 
     async def finished(self, **fields: Any) -> dict[str, Any]:
         """Take a job to its successful end."""
