@@ -31,19 +31,22 @@ help: ## Show this list
 quickstart: $(VENV)/.run ## Train a small model through the whole system, on this machine
 	$(BIN)/training-backends quickstart
 
+# Whole modules, so that their fixtures are made once, in the order that tests/conftest.py chooses.
+BY_MODULE := --dist loadfile --no-loadscope-reorder
+
 # Four processes on two cores, because the tests wait for about half of their time.
 test: $(VENV)/.dev ## Run the tests
-	$(BIN)/pytest -n 4 --dist worksteal
+	$(BIN)/pytest -n 4 $(BY_MODULE)
 
 test-thorough: $(VENV)/.dev ## Run the tests with long searches (over an hour)
-	$(BIN)/pytest -n 2 --dist worksteal --timeout 1800 --hypothesis-profile thorough
+	$(BIN)/pytest -n 2 $(BY_MODULE) --timeout 1800 --hypothesis-profile thorough
 
 # Without torch; the tools of the tests are the newest. What needs an extra that is missing skips.
 define test-versions
 	@test -x $(1)/bin/uv || { $(PYTHON) -m venv $(1) && $(1)/bin/pip install --quiet uv==$(UV_VERSION); }
 	@$(1)/bin/uv pip install --quiet --python $(1) $(2) --editable '.[gateway,postgres]'
 	@$(1)/bin/uv pip install --quiet --python $(1) $(VERSIONS_TOOLS)
-	$(1)/bin/python -m pytest -n 2 --dist worksteal $(VERSIONS_TESTS)
+	$(1)/bin/python -m pytest -n 2 $(BY_MODULE) $(VERSIONS_TESTS)
 endef
 
 test-lowest: ## Run the client's tests with the lowest versions that pyproject.toml allows

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,15 +71,19 @@ hypothesis.settings.load_profile("quick")  # --hypothesis-profile chooses anothe
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Start with the long tests, so that no worker of xdist has one left when the others end.
+    """Start with the modules of long tests, then the large ones, and end with the small.
 
-    Those of a pretrained model take minutes, and are left out unless `-m` asks for them.
+    So no worker of xdist, which runs whole modules, has much left when the others end. The tests of
+    a pretrained model take minutes, and are left out unless `-m` asks for them.
     """
     if "model" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("model")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
-    items.sort(key=lambda item: not any(map(item.get_closest_marker, ("engine", "e2e"))))
+    sizes = Counter(item.path for item in items)
+    slow = ("browser", "e2e", "engine", "slow")
+    long = {item.path for item in items if any(map(item.get_closest_marker, slow))}
+    items.sort(key=lambda item: (item.path not in long, -sizes[item.path]))
 
 
 def pytest_collection_finish() -> None:

@@ -7,6 +7,8 @@ import pytest
 
 from tests.plugins import Install
 
+pytestmark = pytest.mark.slow
+
 Run = Any
 
 

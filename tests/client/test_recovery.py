@@ -17,7 +17,7 @@ from training_backends import (
 )
 from training_backends.testing.backend import ScriptedBackend
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 
 class Telling(ScriptedBackend):

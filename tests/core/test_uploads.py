@@ -8,7 +8,7 @@ from training_backends import BackendUnavailable, ProtocolError, TrainingConfig,
 from training_backends.core.uploads import upload_once
 from training_backends.testing.journal import MemoryJournal
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 
 class Store:

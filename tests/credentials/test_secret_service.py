@@ -11,9 +11,12 @@ import pytest
 MISSING = [
     name for name in ("dbus-run-session", "gnome-keyring-daemon") if shutil.which(name) is None
 ]
-pytestmark = pytest.mark.skipif(
-    bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (packages gnome-keyring, dbus)"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (packages gnome-keyring, dbus)"
+    ),
+]
 
 PASSWORD = "correct horse"
 UNLOCKED = f"printf '{PASSWORD}' | gnome-keyring-daemon --unlock --components=secrets"

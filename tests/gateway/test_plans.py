@@ -20,7 +20,7 @@ from training_backends.gateway.retention import Retention
 from training_backends.gateway.runner import _behind
 from training_backends.gateway.store import GatewayStore
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 COUNT = 3000
 JOBS = "/v1/fine_tuning/jobs"

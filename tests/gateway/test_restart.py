@@ -15,7 +15,7 @@ from training_backends.core.status import TrainingStatus
 from training_backends.gateway import runner
 from training_backends.gateway.keys import open_keys
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 JOBS = "/v1/fine_tuning/jobs"
 

@@ -15,6 +15,8 @@ from tests.store.conftest import MakeRun, version_1
 from training_backends import TrainingRun
 from training_backends.store import RunStore
 
+pytestmark = pytest.mark.slow
+
 
 def contents(store: RunStore) -> object:
     """Return all that can be read from a store about the runs in the sequence."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -18,6 +19,8 @@ from tests.effort import searching
 from tests.store.conftest import BEGINNING, told
 from training_backends import LogRecord, TrainingConfig, TrainingRun, TrainingStatus
 from training_backends.store import Lease, LeaseLost, RunStore
+
+pytestmark = pytest.mark.slow
 
 HOUR, OVER = timedelta(hours=1), timedelta(0)
 

@@ -30,6 +30,8 @@ from training_backends.trainer.launch import Outcome
 from training_backends.trainer.queue import Device
 from training_backends.trainer.ray_stored import Driver, DriverLink, Worker
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["bucket", "s3_server"]
 
 pytest.importorskip("s3fs")

@@ -40,6 +40,8 @@ from training_backends.rundir.directory import (
 )
 from training_backends.trackers.tracker import Measurement, TrackedRun
 
+pytestmark = pytest.mark.slow
+
 _SECRET = "whsec_" + "c2VjcmV0LW9mLXRoZS1yZWNlaXZlcg=="
 _AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
