@@ -8,16 +8,17 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import disk_usage
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 import structlog
 
-from tests.forking import Program, Trainer
+from tests.forking import ForkServer, Program, Trainer
 from tests.passwords import remembering
 from tests.plugins import Install, install_backend
 from tests.postgres import PgBouncer, Postgres, pgbouncer_program, programs
@@ -156,19 +157,39 @@ def remembered_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def trainer() -> Iterator[Trainer]:
+def trainer(pytestconfig: pytest.Config) -> Iterator[Trainer]:
     """Start training processes that have torch loaded already."""
-    server = Trainer()
-    yield server
-    server.close()
+    found = Trainer(_address(Trainer, pytestconfig))
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="session")
-def program() -> Iterator[Program]:
+def program(pytestconfig: pytest.Config) -> Program:
     """Start the command line, where the start of the interpreter is not what is tested."""
-    server = Program()
-    yield server
-    server.close()
+    return Program(_address(Program, pytestconfig))
+
+
+_ADDRESSES = pytest.StashKey[dict[str, str]]()
+
+
+def _address(kind: type[ForkServer], config: pytest.Config) -> str:
+    """Return the address of a fork server, which all workers of xdist share."""
+    if given := getattr(config, "workerinput", {}).get(kind.__name__):
+        return str(given)
+    addresses = config.stash.setdefault(_ADDRESSES, {})
+    if kind.__name__ not in addresses:
+        stack = ExitStack()
+        addresses[kind.__name__] = stack.enter_context(kind.serving())
+        config.add_cleanup(stack.close)
+    return addresses[kind.__name__]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of xdist, before it starts, where the fork servers are."""
+    for kind in (Program, Trainer):
+        node.workerinput[kind.__name__] = _address(kind, node.config)
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ streams, the directory and the environment of the caller. Not for what libraries
 environment when they are loaded, such as the address of the Hub, nor for 4-bit models.
 
 A `Trainer` has torch loaded, for the trainer's commands and for `-c`. What it starts outlives its
-caller. A `Program` has the command line loaded, for `-m` and for scripts. What it starts gets its
-caller's Ctrl-C and SIGTERM, and is killed with it. It is no child of the caller's, though, nor in
-its session: tests of those use a process of their own.
+caller, except the processes of a group, each of which is killed with its caller. A `Program` has
+the command line loaded, for `-m` and for scripts. What it starts gets its caller's Ctrl-C and
+SIGTERM, and is killed with it. It is no child of the caller's, though, nor in its session: tests of
+those use a process of their own.
 """
 
 import json
@@ -16,10 +17,11 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # a caller loads as little as possible
+    from collections.abc import Iterator
     from pathlib import Path
 
     from training_backends.rundir.directory import RunDir
@@ -46,45 +48,46 @@ class ForkServer:
     """Forks a process for each call of its interpreter."""
 
     loads: str
-    """The function that loads the modules."""
+    """The function that loads the modules, when the first process is asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    @classmethod
+    @contextmanager
+    def serving(cls) -> "Iterator[str]":
+        """Run a server, and yield its address."""
+        import shlex  # noqa: PLC0415
         import subprocess  # noqa: PLC0415
         import tempfile  # noqa: PLC0415
 
-        self._directory = tempfile.TemporaryDirectory()
-        self.address: str = f"{self._directory.name}/socket"
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(self.address)
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            socket.socket(socket.AF_UNIX) as listener,
+        ):
+            here = cls(f"{directory}/socket")
+            listener.bind(here.address)
             listener.listen()
-            self._server = subprocess.Popen(
-                [sys.executable, "-P", __file__, "--serve", str(listener.fileno()), self.loads],
+            here.python.write_text(f'#!/bin/sh\nexec {shlex.join(here._words)} "$@"\n')
+            here.python.chmod(0o755)
+            server = subprocess.Popen(
+                [sys.executable, "-P", __file__, "--serve", str(listener.fileno()), cls.loads],
                 stdin=subprocess.PIPE,
                 pass_fds=[listener.fileno()],
             )
+            yield here.address
+            server.communicate()
 
     @property
     def python(self) -> "Path":
         """An interpreter, as a program."""
-        import shlex  # noqa: PLC0415
         from pathlib import Path  # noqa: PLC0415
 
-        program = Path(self._directory.name, "bin", "python")
-        if not program.exists():
-            program.parent.mkdir()
-            words = shlex.join(self._words)
-            program.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
-            program.chmod(0o755)
-        return program
+        return Path(self.address).with_name("python")
 
     @property
     def _words(self) -> tuple[str, ...]:
         return (sys.executable, "-I", "-S", __file__, self.address)
-
-    def close(self) -> None:
-        """End the server."""
-        self._server.communicate()
-        self._directory.cleanup()
 
 
 class Program(ForkServer):
@@ -107,8 +110,8 @@ class Trainer(ForkServer):
 
     loads = "load_trainer"
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
         self._pid: int | None = None
 
     @property
@@ -121,12 +124,19 @@ class Trainer(ForkServer):
         """The command that trains a directory as one of several processes."""
         return (str(self.python), *TRAINER, "work")
 
-    def start(self, run: "RunDir") -> int:
-        """Return the id of the process that trains a run, the leader of a group of its own."""
+    def start(self, run: "RunDir", *, forks: bool = False) -> int:
+        """Return the id of the process that trains a run, the leader of a group of its own.
+
+        Args:
+            forks: The processes that train together are forked too, not started.
+        """
         if self._pid is not None:  # left by a test that failed
             os.killpg(self._pid, signal.SIGKILL)
             self.end()
-        self._answers = ask(self.address, [*TRAINER, "train", str(run.path)]).makefile()
+        arguments = [*TRAINER, "train", str(run.path)]
+        if forks:
+            arguments = ["-P", "-c", TRAIN_FORKING, str(run.path), *self.worker]
+        self._answers = ask(self.address, arguments).makefile()
         self._pid = int(self._answers.readline())
         return self._pid
 
@@ -137,10 +147,19 @@ class Trainer(ForkServer):
         return code
 
     def close(self) -> None:
-        """End the server, and what a test that failed has left."""
+        """End what a test that failed has left."""
         if self._pid is not None:
             os.killpg(self._pid, signal.SIGKILL)
-        super().close()
+
+
+TRAIN_FORKING = """
+import sys
+from functools import partial
+from pathlib import Path
+from training_backends.trainer.launch import launch
+from training_backends.trainer.process import train
+sys.exit(train(Path(sys.argv[1]), partial(launch, program=sys.argv[2:])))
+"""
 
 
 def load_trainer() -> None:
@@ -182,10 +201,13 @@ def serve(listener: socket.socket, load: str) -> None:
     import gc  # noqa: PLC0415  # a caller loads none of these
     import select  # noqa: PLC0415
 
-    globals()[load]()
-    gc.collect()
-    gc.freeze()
+    loaded = False
     while 0 not in select.select([listener.fileno(), 0], [], [])[0]:
+        if not loaded:
+            globals()[load]()
+            gc.collect()
+            gc.freeze()
+            loaded = True
         connection, _ = listener.accept()
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
@@ -222,7 +244,7 @@ def answer(connection: socket.socket) -> None:
         if not ended.is_set():
             os.kill(child, signal.SIGKILL)
 
-    if asked["arguments"][0] == "--attached":
+    if asked["arguments"][0] == "--attached" or asked["arguments"][:4] == [*TRAINER, "work"]:
         threading.Thread(target=follow_caller, daemon=True).start()
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     ended.set()

@@ -190,7 +190,7 @@ def test_a_killed_process_is_replaced_and_a_signal_saves_a_checkpoint(
     """Steps repeated after the kill give the same numbers to the last digit."""
     changes: dict[str, Any] = {"training_steps": 3000, "checkpoint_every": 10, "validation": []}
     run = make_run(tmp_path / "r", **changes, num_processes=2)
-    pid = trainer.start(run)
+    pid = trainer.start(run, forks=True)
     wait_until(lambda: run.exit.exists() or last_step(run) >= 12, patience=200)
     os.kill(children_of(pid)[1], signal.SIGKILL)
     wait_until(lambda: any("Restarting" in message for message in messages(run)), patience=200)
