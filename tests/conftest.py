@@ -97,24 +97,32 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def anyio_backend() -> str:
-    """Run asynchronous tests on asyncio, the loop that the package runs on."""
+    """Run asynchronous tests on asyncio, the loop that the package runs on.
+
+    What a module's tests share of it keeps one loop open for all of them.
+    """
     return "asyncio"
+
+
+def isolate(root: Path, patch: pytest.MonkeyPatch) -> None:
+    """Keep the user's own settings, keys and state out of what is done from now on."""
+    for name in list(os.environ):
+        if name.startswith("TRAINING_BACKENDS_") or name.endswith("_API_KEY"):
+            patch.delenv(name)
+    patch.setenv("TRAINING_BACKENDS_HOME", str(root / "home"))
+    # No test leaves a process behind.
+    patch.setenv("TRAINING_BACKENDS_LOCAL__GENERATE_IDLE", "0")
+    patch.setenv("XDG_CONFIG_HOME", str(root / "config"))
+    patch.setenv("PYTHON_KEYRING_BACKEND", "keyring.backends.fail.Keyring")
+    patch.setattr(settings, "config_file", lambda: root / "config" / "config.toml")
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the user's own settings, keys and state out of the tests."""
-    for name in list(os.environ):
-        if name.startswith("TRAINING_BACKENDS_") or name.endswith("_API_KEY"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("TRAINING_BACKENDS_HOME", str(tmp_path / "home"))
-    # No test leaves a process behind.
-    monkeypatch.setenv("TRAINING_BACKENDS_LOCAL__GENERATE_IDLE", "0")
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "keyring.backends.fail.Keyring")
-    monkeypatch.setattr(settings, "config_file", lambda: tmp_path / "config" / "config.toml")
+    isolate(tmp_path, monkeypatch)
 
 
 @pytest.fixture(autouse=True)

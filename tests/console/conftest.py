@@ -30,12 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    """Run all tests of a module, and the gateway and the browser that they share, in one loop."""
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
 def upstream() -> Iterator[LoopbackServer]:
     """Answer chats like an inference server."""
     with LoopbackServer(answered) as server:

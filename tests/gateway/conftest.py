@@ -4,7 +4,7 @@ import json
 import re
 import ssl
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from openai import AsyncOpenAI
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
+from tests.conftest import isolate
 from tests.waiting import until
 from training_backends.core.errors import RunNotFound
 from training_backends.gateway.server import RunningGateway, running
@@ -179,7 +180,11 @@ async def site(
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that its backend has lost is given up soon."""
-    monkeypatch.setenv("TRAINING_BACKENDS_WATCH__LOST_AFTER", "0.2")
+    _hurry(monkeypatch)
+
+
+def _hurry(patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("TRAINING_BACKENDS_WATCH__LOST_AFTER", "0.2")
 
 
 @pytest.fixture(autouse=True)
@@ -196,6 +201,25 @@ def logs() -> Iterator[list[Any]]:
 async def here(tmp_path: Path) -> AsyncIterator[Site]:
     """A gateway with a static key."""
     async with site(tmp_path / "home") as opened:
+        yield opened
+
+
+@asynccontextmanager
+async def shared_site(factory: pytest.TempPathFactory, **settings: Any) -> AsyncIterator[Site]:
+    """Open a gateway for a whole module, before the environment of its first test is set up."""
+    root = factory.mktemp("shared")
+    async with AsyncExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            isolate(root, patch)
+            _hurry(patch)
+            opened = await stack.enter_async_context(site(root / "home", **settings))
+        yield opened
+
+
+@pytest.fixture(scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+    """A gateway with a static key for all tests that change nothing which another one looks at."""
+    async with shared_site(tmp_path_factory) as opened:
         yield opened
 
 

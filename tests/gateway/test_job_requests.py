@@ -99,10 +99,11 @@ class Secrets:
     ],
 )
 async def test_what_cannot_be_served_is_refused_by_name(
-    here: Site, fields: dict[str, Any], place: list[str | int] | None
+    shared: Site, fields: dict[str, Any], place: list[str | int] | None
 ) -> None:
     """The refusal names the field, and never repeats a secret."""
-    answer = await here.try_create(**fields)
+    before = (await shared.http.get(JOBS)).json()["total"]
+    answer = await shared.try_create(**fields)
     if place is None:
         assert answer.status_code == 200
         return
@@ -110,12 +111,12 @@ async def test_what_cannot_be_served_is_refused_by_name(
     assert answer.json()["detail"][0]["loc"] == place
     assert "secret-token" not in answer.text
     assert "short-key" not in answer.text
-    assert (await here.http.get(JOBS)).json()["total"] == 0
+    assert (await shared.http.get(JOBS)).json()["total"] == before
 
 
-async def test_a_model_that_is_not_offered_is_refused_with_those_that_are(here: Site) -> None:
+async def test_a_model_that_is_not_offered_is_refused_with_those_that_are(shared: Site) -> None:
     """The service's words, with a list that is not empty."""
-    answer = await here.try_create(model="gpt-4")
+    answer = await shared.try_create(model="gpt-4")
     assert answer.status_code == 422
     assert answer.json()["detail"].startswith(
         "Model not available for this type of fine-tuning (completion). Available model(s): "
@@ -123,19 +124,19 @@ async def test_a_model_that_is_not_offered_is_refused_with_those_that_are(here: 
     )
 
 
-async def test_a_kind_of_job_that_the_backend_lacks_is_refused_in_a_sentence(here: Site) -> None:
+async def test_a_kind_of_job_that_the_backend_lacks_is_refused_in_a_sentence(shared: Site) -> None:
     """Not in the words that clients read as: retired."""
     targets = [{"name": "mood", "labels": ["good", "bad"]}]
-    answer = await here.try_create(job_type="classifier", classifier_targets=targets)
+    answer = await shared.try_create(job_type="classifier", classifier_targets=targets)
     assert answer.status_code == 422
     assert "classifier" in answer.json()["detail"]
     assert "Available model(s)" not in answer.json()["detail"]
 
 
-async def test_files_for_another_purpose_are_no_training_files(here: Site) -> None:
+async def test_files_for_another_purpose_are_no_training_files(shared: Site) -> None:
     """A batch file is refused by its place."""
-    batch = await here.upload(b"{}\n", "b.jsonl", purpose="batch")
-    answer = await here.try_create(files=[batch])
+    batch = await shared.upload(b"{}\n", "b.jsonl", purpose="batch")
+    answer = await shared.try_create(files=[batch])
     assert answer.json()["detail"][0]["type"] == "file_purpose"
 
 
@@ -463,7 +464,7 @@ async def test_our_own_client_learns_of_a_report_that_cannot_be_before_it_upload
 
 @pytest.mark.parametrize("query", ["", "?dry_run=true"])
 async def test_a_report_that_cannot_be_is_refused_before_the_files_are_looked_for(
-    here: Site, query: str
+    shared: Site, query: str
 ) -> None:
     """By its place, and with what cannot be done."""
     wandb = {"type": "wandb", "project": "p", "api_key": "wandb_v1_" + "k" * 77}
@@ -473,7 +474,7 @@ async def test_a_report_that_cannot_be_is_refused_before_the_files_are_looked_fo
         "hyperparameters": {},
         "integrations": [wandb],
     }
-    answer = await here.http.post(JOBS + query, json=body)
+    answer = await shared.http.post(JOBS + query, json=body)
     assert answer.status_code == 422
     (detail,) = answer.json()["detail"]
     assert detail["loc"] == ["body", "integrations", 0]
@@ -494,9 +495,9 @@ def unknown(count: int) -> dict[str, Any]:
     return {"model": "tiny-mistral", "hyperparameters": {}} | {f"f{n}": 1 for n in range(count)}
 
 
-async def test_a_body_with_many_mistakes_gets_a_short_answer(here: Site) -> None:
+async def test_a_body_with_many_mistakes_gets_a_short_answer(shared: Site) -> None:
     """The first ones are named, the others counted."""
-    answer = await here.http.post(JOBS, json=unknown(500))
+    answer = await shared.http.post(JOBS, json=unknown(500))
     detail = answer.json()["detail"]
     assert (answer.status_code, len(detail)) == (422, 21)
     assert detail[0]["loc"] == ["body", "f0"]
@@ -513,29 +514,29 @@ async def test_a_body_with_many_mistakes_gets_a_short_answer(here: Site) -> None
     ids=["fields", "nested", "items"],
 )
 async def test_a_body_with_too_many_values_is_not_validated_one_by_one(
-    here: Site, body: Any
+    shared: Site, body: Any
 ) -> None:
     """It is rejected in one sentence, before anything is made of each value."""
-    answer = await here.http.post(JOBS, json=body)
+    answer = await shared.http.post(JOBS, json=body)
     assert answer.status_code == 413
     assert "the limit is 10000" in answer.json()["detail"]
-    patched = await here.http.patch("/v1/fine_tuning/models/x", json=body)
+    patched = await shared.http.patch("/v1/fine_tuning/models/x", json=body)
     assert patched.status_code == 413
 
 
 @pytest.mark.parametrize("depth", [20, 900, 100_000])
-async def test_a_body_nested_deeply_is_the_client_s_mistake(here: Site, depth: int) -> None:
+async def test_a_body_nested_deeply_is_the_client_s_mistake(shared: Site, depth: int) -> None:
     """However deeply, and whether or not the parser still reads it."""
     content = b'{"model": ' + b"[" * depth + b"]" * depth + b"}"
     headers = {"content-type": "application/json"}
-    answer = await here.http.post(JOBS, content=content, headers=headers)
+    answer = await shared.http.post(JOBS, content=content, headers=headers)
     assert 400 <= answer.status_code < 500
     assert answer.json()["detail"]
 
 
-async def test_an_answer_repeats_no_long_value(here: Site) -> None:
+async def test_an_answer_repeats_no_long_value(shared: Site) -> None:
     """Such as the name of an unknown field."""
-    answer = await here.http.post(JOBS, json=unknown(1) | {"x" * 900_000: 1})
+    answer = await shared.http.post(JOBS, json=unknown(1) | {"x" * 900_000: 1})
     assert answer.status_code == 422
     assert len(answer.content) < 5000
 

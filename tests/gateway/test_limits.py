@@ -91,9 +91,9 @@ async def wire(here: Site) -> AsyncIterator[Wire]:
         pytest.param(b"GET /" + b"y" * 40_000, id="an address without end"),
     ],
 )
-async def test_a_head_has_a_bound(here: Site, head: bytes) -> None:
+async def test_a_head_has_a_bound(shared: Site, head: bytes) -> None:
     """431 in the form of every refusal, as soon as it is passed; then the connection ends."""
-    async with wire(here) as client:
+    async with wire(shared) as client:
         await client.send(head)
         answer = await client.answer()
         assert (answer.status, answer.headers["content-type"]) == (431, "application/json")
@@ -101,19 +101,19 @@ async def test_a_head_has_a_bound(here: Site, head: bytes) -> None:
         assert await client.ended()
 
 
-async def test_who_goes_on_sending_a_large_head_still_reads_why(here: Site) -> None:
+async def test_who_goes_on_sending_a_large_head_still_reads_why(shared: Site) -> None:
     """The connection is not torn under a client that has not read the answer yet."""
-    async with wire(here) as client:
+    async with wire(shared) as client:
         await client.send(GET + b"X: ")
         for _ in range(20):
             await client.send(b"y" * 65536)
         assert (await client.answer()).status == 431
 
 
-async def test_a_head_within_the_bounds_is_taken(here: Site) -> None:
+async def test_a_head_within_the_bounds_is_taken(shared: Site) -> None:
     """Up to the last header and nearly the last byte, in pieces or in one."""
     head = GET + b"".join(b"X-%02d: %s\r\n" % (n, b"y" * 300) for n in range(99)) + b"\r\n"
-    async with wire(here) as client:
+    async with wire(shared) as client:
         for piece in (head, *(head[n : n + 1000] for n in range(0, len(head), 1000))):
             await client.send(piece)
         assert (await client.answer()).status == 200
@@ -122,11 +122,11 @@ async def test_a_head_within_the_bounds_is_taken(here: Site) -> None:
 
 @pytest.mark.parametrize("before", [2, 280, 290, 2960, 2990])
 async def test_of_a_long_path_only_the_beginning_is_logged(
-    here: Site, logs: list[Any], before: int
+    shared: Site, logs: list[Any], before: int
 ) -> None:
     """Whoever asks decides what is in it; no half of a key remains where it is cut."""
     key = "0f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c"
-    await here.http.get(f"/v1/{'x/' * (before // 2)}{key}/{'y/' * 8000}")
+    await shared.http.get(f"/v1/{'x/' * (before // 2)}{key}/{'y/' * 8000}")
     (line,) = [entry for entry in logs if entry["event"] == "request"]
     assert len(line["path"]) <= 300
     assert key[:20] not in line["path"]
@@ -150,20 +150,20 @@ async def test_the_bounds_of_a_head_are_settings(tmp_path: Path) -> None:
     [b"0\r\nX: ", b"1;", b"0\r\n" + b"X: y\r\n" * 200],
     ids=["a trailer", "a chunk's extension", "many trailers"],
 )
-async def test_what_surrounds_a_body_has_the_same_bound(here: Site, beginning: bytes) -> None:
+async def test_what_surrounds_a_body_has_the_same_bound(shared: Site, beginning: bytes) -> None:
     """A chunked body hides nothing without end."""
-    async with wire(here) as client:
+    async with wire(shared) as client:
         await client.send(POST + b"Transfer-Encoding: chunked\r\n\r\n" + beginning)
         with anyio.fail_after(PATIENCE), suppress(anyio.BrokenResourceError):
             while True:
                 await client.send(b"y" * 65536)
         assert await client.ended()
-    assert (await here.http.get("/health")).status_code == 200
+    assert (await shared.http.get("/health")).status_code == 200
 
 
-async def test_what_is_no_request_is_refused_as_all_else(here: Site) -> None:
+async def test_what_is_no_request_is_refused_as_all_else(shared: Site) -> None:
     """400 in JSON."""
-    async with wire(here) as client:
+    async with wire(shared) as client:
         await client.send(b"nonsense\r\n\r\n")
         answer = await client.answer()
         assert (answer.status, answer.headers["content-type"]) == (400, "application/json")
@@ -171,17 +171,17 @@ async def test_what_is_no_request_is_refused_as_all_else(here: Site) -> None:
         assert await client.ended()
 
 
-async def test_requests_sent_at_once_are_answered_in_turn(here: Site) -> None:
+async def test_requests_sent_at_once_are_answered_in_turn(shared: Site) -> None:
     """As many as fit into one packet, on one connection."""
-    async with wire(here) as client:
+    async with wire(shared) as client:
         await client.send((GET + b"\r\n") * 50)
         assert [(await client.answer()).status for _ in range(50)] == [200] * 50
 
 
-async def test_an_upgrade_is_not_taken(here: Site) -> None:
+async def test_an_upgrade_is_not_taken(shared: Site) -> None:
     """The gateway speaks no WebSocket; the request is answered as any other."""
     upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: eA==\r\n\r\n"
-    async with wire(here) as client:
+    async with wire(shared) as client:
         await client.send(GET + upgrade)
         assert (await client.answer()).status == 200
         await client.send(b"GET /v1/models HTTP/1.1\r\nHost: here\r\n" + upgrade)
@@ -252,9 +252,9 @@ async def test_a_refused_body_is_not_taken_in_for_ever(tmp_path: Path) -> None:
             assert await client.ended()
 
 
-async def test_a_refused_body_that_ends_leaves_the_connection_open(here: Site) -> None:
+async def test_a_refused_body_that_ends_leaves_the_connection_open(shared: Site) -> None:
     """The next request is answered on it."""
-    async with wire(here) as client:
+    async with wire(shared) as client:
         await client.send(b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n")
         assert (await client.answer()).status == 401
         await client.send(b"y" * 99999 + GET + b"\r\n")

@@ -23,10 +23,10 @@ from training_backends.gateway.settings import GatewaySettings
 pytestmark = pytest.mark.anyio
 
 
-async def test_the_default_is_loopback(here: Site) -> None:
+async def test_the_default_is_loopback(shared: Site) -> None:
     """Nobody else can reach a gateway that was not told to be reachable."""
-    assert here.served.url.startswith("http://127.0.0.1:")
-    assert here.served.api_key is not None
+    assert shared.served.url.startswith("http://127.0.0.1:")
+    assert shared.served.api_key is not None
 
 
 async def test_a_port_that_is_taken_is_told_with_what_to_do(tmp_path: Path) -> None:
@@ -50,10 +50,10 @@ async def test_an_address_that_is_not_ours_is_told(tmp_path: Path, host: str) ->
             pass
 
 
-async def test_two_gateways_cannot_share_a_home(here: Site) -> None:
+async def test_two_gateways_cannot_share_a_home(shared: Site) -> None:
     """The second says so instead of running every job twice."""
     with pytest.raises(DuplicateRun, match="Another gateway"):
-        async with site(here.home):
+        async with site(shared.home):
             pass
 
 
@@ -73,82 +73,82 @@ async def test_an_error_of_the_block_arrives_as_it_is(tmp_path: Path) -> None:
             raise ConfigError("mine")
 
 
-async def test_what_is_not_there_is_answered_in_json(here: Site) -> None:
+async def test_what_is_not_there_is_answered_in_json(shared: Site) -> None:
     """Unknown paths and methods too, each with an id to ask about."""
-    answer = await here.http.get("/v1/nothing")
+    answer = await shared.http.get("/v1/nothing")
     assert (answer.status_code, answer.json()) == (404, {"detail": "Not Found"})
     assert answer.headers["x-request-id"]
-    answer = await here.http.get("/elsewhere")
+    answer = await shared.http.get("/elsewhere")
     assert (answer.status_code, answer.json()) == (404, {"detail": "Not Found"})
-    answer = await here.http.put("/v1/models")
+    answer = await shared.http.put("/v1/models")
     assert (answer.status_code, answer.json()) == (405, {"detail": "Method Not Allowed"})
 
 
 async def test_a_bug_is_answered_with_an_id_and_no_trace(
-    here: Site, logs: list[Any], monkeypatch: pytest.MonkeyPatch
+    shared: Site, logs: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The log has the trace under the same id."""
 
     def bug(*_: object, **__: object) -> None:
         raise ZeroDivisionError("inner detail")
 
-    monkeypatch.setattr(here.served.gateway.models, "pages", bug)
-    answer = await here.http.get("/v1/models")
+    monkeypatch.setattr(shared.served.gateway.models, "pages", bug)
+    answer = await shared.http.get("/v1/models")
     assert answer.status_code == 500
     assert answer.json()["request_id"] == answer.headers["x-request-id"]
     assert "inner detail" not in answer.text
     assert any(entry.get("exc_info") for entry in logs)
-    assert (await here.http.get("/health")).status_code == 200
+    assert (await shared.http.get("/health")).status_code == 200
 
 
 async def test_trouble_with_the_store_is_no_client_s_fault(
-    here: Site, monkeypatch: pytest.MonkeyPatch
+    shared: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """503, and nothing of where things lie."""
 
     def trouble(*_: object, **__: object) -> None:
-        raise StoreError(f"{here.home} is read-only")
+        raise StoreError(f"{shared.home} is read-only")
 
-    monkeypatch.setattr(here.served.gateway.models, "pages", trouble)
-    answer = await here.http.get("/v1/models")
+    monkeypatch.setattr(shared.served.gateway.models, "pages", trouble)
+    answer = await shared.http.get("/v1/models")
     assert answer.status_code == 503
-    assert str(here.home) not in answer.text
+    assert str(shared.home) not in answer.text
     assert answer.json()["request_id"]
 
 
 @pytest.mark.parametrize(
     "query", ["page=-1", "page_size=0", "page=x", "status=DONE", "created_after=soon"]
 )
-async def test_bad_query_parameters_are_named(here: Site, query: str) -> None:
+async def test_bad_query_parameters_are_named(shared: Site, query: str) -> None:
     """In the service's list of details."""
-    answer = await here.http.get(f"/v1/fine_tuning/jobs?{query}")
+    answer = await shared.http.get(f"/v1/fine_tuning/jobs?{query}")
     assert answer.status_code == 422
     assert answer.json()["detail"][0]["loc"] == ["query", query.split("=", maxsplit=1)[0]]
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'"x"', b"\xff", b'{"model": NaN}'])
-async def test_a_body_that_is_no_job_is_refused(here: Site, body: bytes) -> None:
+async def test_a_body_that_is_no_job_is_refused(shared: Site, body: bytes) -> None:
     """As a client's mistake, never as ours."""
     headers = {"content-type": "application/json"}
-    answer = await here.http.post("/v1/fine_tuning/jobs", content=body, headers=headers)
+    answer = await shared.http.post("/v1/fine_tuning/jobs", content=body, headers=headers)
     assert 400 <= answer.status_code < 500
     assert answer.json()["detail"]
 
 
-async def test_text_that_is_no_unicode_is_refused_by_its_place(here: Site) -> None:
+async def test_text_that_is_no_unicode_is_refused_by_its_place(shared: Site) -> None:
     """JSON can write half a surrogate pair; neither the database nor an answer can hold it."""
-    job = await here.finished()
+    job = await shared.finished()
     headers = {"content-type": "application/json"}
     body = b'{"name": "\\ud800"}'
     path = f"/v1/fine_tuning/models/{job['fine_tuned_model']}"
-    answer = await here.http.patch(path, content=body, headers=headers)
+    answer = await shared.http.patch(path, content=body, headers=headers)
     assert (answer.status_code, answer.json()["detail"][0]["loc"]) == (422, ["body", "name"])
 
 
 @pytest.mark.parametrize("declared", [True, False])
-async def test_a_body_without_end_is_not_held_in_memory(here: Site, declared: bool) -> None:
+async def test_a_body_without_end_is_not_held_in_memory(shared: Site, declared: bool) -> None:
     """Declared or not, a request that is no upload has a bound."""
-    body = json.dumps({"model": "m" * here.served.gateway.settings.max_request_bytes}).encode()
+    body = json.dumps({"model": "m" * shared.served.gateway.settings.max_request_bytes}).encode()
 
     async def chunks() -> Any:
         for start in range(0, len(body), 65536):
@@ -156,7 +156,7 @@ async def test_a_body_without_end_is_not_held_in_memory(here: Site, declared: bo
 
     headers = {"content-type": "application/json"}
     content = body if declared else chunks()
-    answer = await here.http.post("/v1/fine_tuning/jobs", content=content, headers=headers)
+    answer = await shared.http.post("/v1/fine_tuning/jobs", content=content, headers=headers)
     assert answer.status_code == 413
     assert answer.json()["detail"]
 
@@ -215,12 +215,12 @@ async def test_an_upload_under_way_at_the_end_is_answered(
 
 
 @pytest.mark.parametrize("path", ["/openapi.json", "/v1/models", "/elsewhere"])
-async def test_all_but_health_and_links_need_a_key(here: Site, path: str) -> None:
+async def test_all_but_health_and_links_need_a_key(shared: Site, path: str) -> None:
     """Whether or not there is something."""
-    async with httpx.AsyncClient(base_url=here.served.url) as http:
+    async with httpx.AsyncClient(base_url=shared.served.url) as http:
         assert (await http.get(path)).status_code == 401
         assert (await http.get("/health")).status_code == 200
-    assert (await here.http.get("/openapi.json")).status_code == 200
+    assert (await shared.http.get("/openapi.json")).status_code == 200
 
 
 async def test_health_says_when_a_database_cannot_be_used(
@@ -289,14 +289,14 @@ HOSTS = [
 
 @pytest.mark.parametrize("headers", HOSTS)
 async def test_the_host_that_a_request_names_has_no_effect(
-    here: Site, headers: dict[str, str]
+    shared: Site, headers: dict[str, str]
 ) -> None:
     """Neither a client nor a cache may decide where a signed URL points."""
-    file_id = await here.upload()
-    answer = await here.http.get(f"/v1/files/{file_id}/url", headers=headers)
-    assert answer.json()["url"].startswith(f"{here.served.url}/files/{file_id}?")
+    file_id = await shared.upload()
+    answer = await shared.http.get(f"/v1/files/{file_id}/url", headers=headers)
+    assert answer.json()["url"].startswith(f"{shared.served.url}/files/{file_id}?")
     for path in ("/health/", "/v1/files/", f"/v1/files/{file_id}/", "/openapi.json", "/nothing"):
-        answer = await here.http.get(path, headers=headers)
+        answer = await shared.http.get(path, headers=headers)
         assert answer.status_code in {200, 404}
         assert "location" not in answer.headers
         assert "evil" not in answer.text
@@ -304,15 +304,17 @@ async def test_the_host_that_a_request_names_has_no_effect(
 
 @pytest.mark.parametrize("headers", HOSTS)
 async def test_trouble_is_answered_whatever_the_host(
-    here: Site, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
+    shared: Site, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
 ) -> None:
     """A name that makes no address must not make another error of it."""
 
     async def full(*_: Any) -> Any:
         raise StoreError("disk full")
 
-    monkeypatch.setattr(here.served.gateway.files, "retrieve", full)
-    answer = await here.http.get("/v1/files/00000000-0000-4000-8000-000000000000", headers=headers)
+    monkeypatch.setattr(shared.served.gateway.files, "retrieve", full)
+    answer = await shared.http.get(
+        "/v1/files/00000000-0000-4000-8000-000000000000", headers=headers
+    )
     assert answer.status_code == 503
 
 
