@@ -15,7 +15,7 @@ import httpx
 import pytest
 from anyio.abc import ByteSendStream
 from blockbuster import blockbuster_ctx
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
@@ -28,6 +28,8 @@ from training_backends.gateway.uploads import BlobStore
 from training_backends.testing.backend import ScriptedBackend
 
 KEY = "a-static-key-for-tests"
+NOBODY = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""Trusts nobody: to load the machine's certificates takes 20 to 40 ms for each client."""
 ROWS = [
     {
         "messages": [
@@ -170,8 +172,7 @@ async def site(
             base_url=served.url,
             headers={"authorization": f"Bearer {KEY}"},
             timeout=30,
-            # Trusts nobody: to load the machine's certificates takes 40 ms.
-            verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+            verify=NOBODY,
         ) as http,
     ):
         yield Site(home, backend, http, served)
@@ -227,7 +228,10 @@ async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site
 async def openai_client(here: Site) -> AsyncIterator[AsyncOpenAI]:
     """The official client of the OpenAI API, which retries nothing."""
     async with AsyncOpenAI(
-        api_key=KEY, base_url=f"{here.served.url}/openai/v1", max_retries=0
+        api_key=KEY,
+        base_url=f"{here.served.url}/openai/v1",
+        max_retries=0,
+        http_client=DefaultAsyncHttpxClient(verify=NOBODY),
     ) as client:
         yield client
 
@@ -236,4 +240,11 @@ async def openai_client(here: Site) -> AsyncIterator[AsyncOpenAI]:
 async def sdk(here: Site) -> AsyncIterator[AsyncOpenAI]:
     """The official client of the OpenAI API in front of `here`."""
     async with openai_client(here) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+async def shared_sdk(shared: Site) -> AsyncIterator[AsyncOpenAI]:
+    """The official client of the OpenAI API in front of `shared`."""
+    async with openai_client(shared) as client:
         yield client

@@ -10,9 +10,9 @@ import httpx
 import pytest
 from anyio.abc import SocketAttribute, SocketStream
 from mistralai.client import Mistral
-from openai import APIError, AsyncOpenAI
+from openai import APIError
 
-from tests.gateway.conftest import KEY, Site, scripted, site
+from tests.gateway.conftest import KEY, Site, openai_client, scripted, shared_site, site
 from tests.waiting import until
 from training_backends.gateway.chat import ChatProblem, InferenceModel
 from training_backends.http.client import HttpClient
@@ -71,17 +71,28 @@ def answered(request: Received) -> StubReply:
     return StubReply(content=json.dumps(completion(body["model"])).encode())
 
 
-@pytest.fixture
-def upstream() -> Iterator[LoopbackServer]:
+@pytest.fixture(scope="module")
+def inference() -> Iterator[LoopbackServer]:
     """Serve the OpenAI protocol."""
     with LoopbackServer(answered) as server:
         yield server
 
 
 @pytest.fixture
-async def chatty(tmp_path: Path, upstream: LoopbackServer) -> AsyncIterator[Site]:
+def upstream(inference: LoopbackServer) -> LoopbackServer:
+    """That server, which works and has been asked nothing."""
+    inference.heal()
+    inference.requests.clear()
+    return inference
+
+
+@pytest.fixture(scope="module")
+async def chatty(
+    tmp_path_factory: pytest.TempPathFactory, inference: LoopbackServer
+) -> AsyncIterator[Site]:
     """A gateway in front of that server."""
-    async with site(tmp_path / "chatty", inference_url=f"{upstream.base_url}/v1") as opened:
+    url = f"{inference.base_url}/v1"
+    async with shared_site(tmp_path_factory, inference_url=url) as opened:
         yield opened
 
 
@@ -145,7 +156,7 @@ async def test_both_sdks_talk_to_a_fine_tuned_model(chatty: Site) -> None:
         heard = [event.data async for event in stream]
         assert "".join(str(each.choices[0].delta.content or "") for each in heard) == "Hi."
         assert heard[-1].usage is not None
-    async with AsyncOpenAI(api_key=KEY, base_url=f"{url}/openai/v1", max_retries=0) as openai:
+    async with openai_client(chatty) as openai:
         create: Callable[..., Any] = openai.chat.completions.create
         whole = await create(model=model, messages=messages)
         assert (whole.model, whole.choices[0].message.content) == (model, "Hi.")
@@ -173,7 +184,7 @@ async def test_a_model_that_cannot_answer_is_404_with_the_reason(chatty: Site, w
 
     assert "does not exist" in await ask("gpt-4o")
     assert "does not exist" in await ask("/etc")
-    job_id, _ = await chatty.started()
+    job_id, _ = await chatty.started(suffix=wire.replace("/", "-"))
     await chatty.until(job_id, "RUNNING")
     assert f"its job {job_id} is RUNNING" in await ask(f"ft:tiny-mistral:x:20260101:{job_id[:8]}")
     assert f"its job {job_id} is RUNNING" in await ask(job_id)
@@ -245,8 +256,7 @@ async def test_a_stream_that_breaks_raises_in_the_sdk(
 ) -> None:
     """What arrived is not mistaken for a complete answer."""
     upstream.fail(CutAnswer(after=len(chunks("tiny-mistral")) // 2))
-    url = f"{chatty.served.url}/openai/v1"
-    async with AsyncOpenAI(api_key=KEY, base_url=url, max_retries=0) as openai:
+    async with openai_client(chatty) as openai:
         messages: Any = ASKED["messages"]
         stream = await openai.chat.completions.create(
             model="tiny-mistral", messages=messages, stream=True
@@ -270,20 +280,17 @@ async def test_a_disconnect_ends_the_request_to_the_server(tmp_path: Path, strea
     listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
     port = listener.extra(SocketAttribute.local_port)
     url = f"http://127.0.0.1:{port}/v1"
-    async with (
-        listener,
-        anyio.create_task_group() as server,
-        site(tmp_path / "home", inference_url=url) as here,
-    ):
+    async with listener, anyio.create_task_group() as server:
         server.start_soon(listener.serve, say_nothing)
-        async with anyio.create_task_group() as client:
-            body = {**ASKED, "stream": stream}
-            client.start_soon(lambda: here.http.post("/v1/chat/completions", json=body))
-            await received.wait()
-            assert not closed.is_set()
-            client.cancel_scope.cancel()
-        with anyio.fail_after(30):
-            await closed.wait()
+        async with site(tmp_path / "home", inference_url=url) as here:
+            async with anyio.create_task_group() as client:
+                body = {**ASKED, "stream": stream}
+                client.start_soon(lambda: here.http.post("/v1/chat/completions", json=body))
+                await received.wait()
+                assert not closed.is_set()
+                client.cancel_scope.cancel()
+            with anyio.fail_after(30):
+                await closed.wait()
         server.cancel_scope.cancel()
 
 
@@ -318,9 +325,9 @@ async def test_a_server_that_never_answers_is_given_up(
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
 
 
-async def test_only_models_that_can_answer_claim_to(here: Site, chatty: Site) -> None:
+async def test_only_models_that_can_answer_claim_to(shared: Site, chatty: Site) -> None:
     """Without an inference server none does, and a chat says why."""
-    for gateway, able in ((here, False), (chatty, True)):
+    for gateway, able in ((shared, False), (chatty, True)):
         model = (await gateway.finished())["fine_tuned_model"]
         cards = {card["id"]: card for card in (await gateway.http.get("/v1/models")).json()["data"]}
         assert cards[model]["capabilities"]["completion_chat"] is able
