@@ -75,24 +75,25 @@ async def test_a_job_lives_from_upload_to_model(here: Site) -> None:
     assert (len(org), len(day)) == (8, 8)
 
 
-async def test_auto_start_needs_no_start(here: Site) -> None:
+async def test_auto_start_needs_no_start(shared: Site) -> None:
     """A job that asks for it is started once it is validated."""
-    job_id, remote = await here.started()
-    await here.until(job_id, "RUNNING")
-    here.backend.finish(remote)
-    assert statuses(await here.until(job_id, "SUCCESS"))[-2:] == ["RUNNING", "SUCCESS"]
+    job_id, remote = await shared.started()
+    await shared.until(job_id, "RUNNING")
+    shared.backend.finish(remote)
+    assert statuses(await shared.until(job_id, "SUCCESS"))[-2:] == ["RUNNING", "SUCCESS"]
 
 
-async def test_the_backend_s_own_steps_are_told(here: Site) -> None:
+async def test_the_backend_s_own_steps_are_told(shared: Site) -> None:
     """Initializing is STARTED, and a status never goes back."""
-    backend = here.backend
-    job_id, remote = await here.started()
-    await here.until(job_id, "RUNNING")
+    backend = shared.backend
+    job_id, remote = await shared.started()
+    await shared.until(job_id, "RUNNING")
     backend.tell(remote, TrainingStatus.INITIALIZING)
     backend.measure(remote, 10, train_loss=1.0)
-    job = await until(lambda: here.get(job_id), lambda job: job["checkpoints"])
+    job = await until(lambda: shared.get(job_id), lambda job: job["checkpoints"])
     assert job["status"] == "RUNNING"
     backend.finish(remote)
+    await shared.until(job_id, "SUCCESS")
 
 
 async def test_nothing_is_null_that_clients_cannot_read(here: Site) -> None:
@@ -109,40 +110,40 @@ async def test_nothing_is_null_that_clients_cannot_read(here: Site) -> None:
     assert "events" not in listed["data"][0]
 
 
-async def test_bare_ids_are_read_as_training_files(here: Site) -> None:
+async def test_bare_ids_are_read_as_training_files(shared: Site) -> None:
     """The documentation's own sample sends them."""
-    file_id = await here.upload()
-    job = await here.create(training_files=[file_id])
+    file_id = await shared.upload(name="bare.jsonl")
+    job = await shared.create(training_files=[file_id])
     assert job["training_files"] == [file_id]
 
 
-async def test_a_job_that_names_no_length_gets_one_and_shows_it(here: Site) -> None:
+async def test_a_job_that_names_no_length_gets_one_and_shows_it(shared: Site) -> None:
     """What is taken by default stands in the job."""
-    job = await here.create(hyperparameters={})
+    job = await shared.create(hyperparameters={})
     assert job["hyperparameters"]["epochs"] == 3.0
     assert job["hyperparameters"]["training_steps"] is None
 
 
 async def test_a_validated_job_shows_the_hyperparameters_it_will_be_trained_with(
-    here: Site, monkeypatch: pytest.MonkeyPatch
+    shared: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values that were sent stay; the rest is what the backend settled on."""
-    estimate = here.backend.estimate
+    estimate = shared.backend.estimate
 
     async def settled(*args: Any) -> Any:
         found = await estimate(*args)
         values = {"learning_rate": 0.002, "weight_decay": 0.1, "seq_len": 1024, "batch_size": 16}
         return found.model_copy(update={"hyperparameters": values, "epochs": 1.5})
 
-    monkeypatch.setattr(here.backend, "estimate", settled)
+    monkeypatch.setattr(shared.backend, "estimate", settled)
     chosen = {"epochs": 2, "weight_decay": 0.0}
     unknown = dict.fromkeys(("training_steps", "warmup_fraction", "seq_len", "fim_ratio"))
-    job = await here.create(hyperparameters=chosen)
+    job = await shared.create(hyperparameters=chosen)
     assert job["hyperparameters"] == {**unknown, **chosen, "learning_rate": 1e-4}
-    validated = await here.until(job["id"], "VALIDATED")
+    validated = await shared.until(job["id"], "VALIDATED")
     taken = {"training_steps": 10, "learning_rate": 0.002, "seq_len": 1024}
     assert validated["hyperparameters"] == {**unknown, **chosen, **taken}
-    again = await here.try_create(files=job["training_files"], hyperparameters=chosen)
+    again = await shared.try_create(files=job["training_files"], hyperparameters=chosen)
     assert again.status_code == 409
 
 
@@ -157,20 +158,21 @@ async def test_the_quote_is_the_backend_s(tmp_path: Path) -> None:
     assert quote["train_tokens_per_step"] == round(quote["train_tokens"] / 10)
 
 
-async def test_a_dry_run_quotes_and_makes_no_job(here: Site) -> None:
+async def test_a_dry_run_quotes_and_makes_no_job(shared: Site) -> None:
     """The answer is metadata, and nothing is left."""
-    file_id = await here.upload()
+    file_id = await shared.upload()
+    before = (await shared.http.get(JOBS)).json()["total"]
     body = {
         "model": "tiny-mistral",
         "training_files": [{"file_id": file_id}],
         "hyperparameters": {"epochs": 2},
     }
-    answer = await here.http.post(f"{JOBS}?dry_run=true", json=body)
+    answer = await shared.http.post(f"{JOBS}?dry_run=true", json=body)
     found = answer.json()
     assert (answer.status_code, found["object"]) == (200, "job.metadata")
     assert (found["deprecated"], found["epochs"], found["training_steps"]) == (True, 2, 10)
     assert isinstance(found["details"], str)
-    assert (await here.http.get(JOBS)).json()["total"] == 0
+    assert (await shared.http.get(JOBS)).json()["total"] == before
 
 
 async def test_a_dry_run_of_what_cannot_run_says_why(here: Site) -> None:
@@ -270,17 +272,17 @@ async def test_a_job_cancelled_before_its_start_is_over_at_once(
     assert here.backend.created == []
 
 
-async def test_a_running_job_is_cancelled_when_the_backend_has_stopped(here: Site) -> None:
+async def test_a_running_job_is_cancelled_when_the_backend_has_stopped(shared: Site) -> None:
     """CANCELLATION_REQUESTED first; CANCELLED is not said before it is true."""
-    job_id, remote = await here.started()
-    await here.until(job_id, "RUNNING")
-    answer = await here.http.post(f"{JOBS}/{job_id}/cancel")
+    job_id, remote = await shared.started()
+    await shared.until(job_id, "RUNNING")
+    answer = await shared.http.post(f"{JOBS}/{job_id}/cancel")
     assert answer.json()["status"] == "CANCELLATION_REQUESTED"
-    await until(lambda: here.backend._jobs[remote].status is TrainingStatus.STOPPING)
-    again = await here.http.post(f"{JOBS}/{job_id}/cancel")
+    await until(lambda: shared.backend._jobs[remote].status is TrainingStatus.STOPPING)
+    again = await shared.http.post(f"{JOBS}/{job_id}/cancel")
     assert again.json()["status"] == "CANCELLATION_REQUESTED"
-    here.backend.say(remote, TrainingStatus.CANCELLED)
-    job = await here.until(job_id, "CANCELLED")
+    shared.backend.say(remote, TrainingStatus.CANCELLED)
+    job = await shared.until(job_id, "CANCELLED")
     assert statuses(job)[-3:] == ["RUNNING", "CANCELLATION_REQUESTED", "CANCELLED"]
     assert job["fine_tuned_model"] is None
 
@@ -324,11 +326,11 @@ async def test_a_backend_that_cannot_stop_keeps_its_jobs(tmp_path: Path) -> None
         await here.until(job_id, "SUCCESS")
 
 
-async def test_a_failure_stands_in_an_event(here: Site) -> None:
+async def test_a_failure_stands_in_an_event(shared: Site) -> None:
     """With the reason that the backend gave."""
-    job_id, remote = await here.started()
-    here.backend.fail(remote, "out of luck")
-    job = await here.until(job_id, "FAILED")
+    job_id, remote = await shared.started()
+    shared.backend.fail(remote, "out of luck")
+    job = await shared.until(job_id, "FAILED")
     assert job["events"][-1]["data"] == {
         "status": "FAILED",
         "error": "out of luck",
@@ -372,11 +374,11 @@ async def test_a_failed_validation_says_what_to_do(here: Site) -> None:
     assert data["errors"] == [{"message": "too deep", "field": "a", "fix": "use less"}]
 
 
-async def test_the_same_content_to_train_and_validate_fails_validation(here: Site) -> None:
+async def test_the_same_content_to_train_and_validate_fails_validation(shared: Site) -> None:
     """What the dataset inspection finds stops a job too."""
-    both = [await here.upload(), await here.upload(name="again.jsonl")]
-    job = await here.create(files=both[:1], validation_files=both[1:])
-    failed = await here.until(job["id"], "FAILED_VALIDATION")
+    both = [await shared.upload(), await shared.upload(name="again.jsonl")]
+    job = await shared.create(files=both[:1], validation_files=both[1:])
+    failed = await shared.until(job["id"], "FAILED_VALIDATION")
     error = failed["events"][-1]["data"]["error"]
     assert "same content as the training file train.jsonl / again.jsonl" in error
 
@@ -399,12 +401,12 @@ async def test_a_bug_in_a_backend_fails_one_job_and_not_the_gateway(
     await here.finished(suffix="next")
 
 
-async def test_a_run_that_the_backend_lost_fails(here: Site) -> None:
+async def test_a_run_that_the_backend_lost_fails(shared: Site) -> None:
     """Instead of running for ever."""
-    job_id, remote = await here.started()
-    await here.until(job_id, "RUNNING")
-    here.backend.lose(remote)
-    failed = await here.until(job_id, "FAILED")
+    job_id, remote = await shared.started()
+    await shared.until(job_id, "RUNNING")
+    shared.backend.lose(remote)
+    failed = await shared.until(job_id, "FAILED")
     assert "has not found this run" in failed["events"][-1]["data"]["error"]
 
 
@@ -428,12 +430,12 @@ async def test_a_backend_that_is_away_is_waited_for(here: Site) -> None:
     ids=["job", "run", "event"],
 )
 async def test_a_database_that_fails_for_a_while_fails_no_job(
-    here: Site, monkeypatch: pytest.MonkeyPatch, store: type, method: str
+    shared: Site, monkeypatch: pytest.MonkeyPatch, store: type, method: str
 ) -> None:
     """The run continues meanwhile, and its job shows how it ends."""
     monkeypatch.setattr(runner, "FIRST_PAUSE", 0.01)
-    job_id, remote_id = await here.started()
-    await here.until(job_id, "RUNNING")
+    job_id, remote_id = await shared.started()
+    await shared.until(job_id, "RUNNING")
     working = getattr(store, method)
     rejected: list[str] = []
 
@@ -442,13 +444,13 @@ async def test_a_database_that_fails_for_a_while_fails_no_job(
         raise StoreError("The database cannot be used: disk is full")
 
     monkeypatch.setattr(store, method, full)
-    here.backend.measure(remote_id, 10, train_loss=1.5)
-    here.backend.tell(remote_id, TrainingStatus.STOPPING)
+    shared.backend.measure(remote_id, 10, train_loss=1.5)
+    shared.backend.tell(remote_id, TrainingStatus.STOPPING)
     await until(lambda: rejected)
     monkeypatch.setattr(store, method, working)
-    here.backend.measure(remote_id, 20, train_loss=1.0)
-    here.backend.finish(remote_id)
-    ended = await here.until(job_id, "SUCCESS", "FAILED")
+    shared.backend.measure(remote_id, 20, train_loss=1.0)
+    shared.backend.finish(remote_id)
+    ended = await shared.until(job_id, "SUCCESS", "FAILED")
     steps = [point["step_number"] for point in ended["checkpoints"]]
     assert (ended["status"], steps) == ("SUCCESS", [20, 10])
 
@@ -473,11 +475,12 @@ SHORTAGES = [
     ids=lambda each: each if isinstance(each, str) else str(each) or "memory",
 )
 async def test_a_shortage_of_the_system_is_not_the_job_s_failure(
-    here: Site, monkeypatch: pytest.MonkeyPatch, verb: str, shortage: Exception
+    shared: Site, monkeypatch: pytest.MonkeyPatch, verb: str, shortage: Exception
 ) -> None:
     """Whatever the gateway was doing for it, it tries again, also if a boundary wrapped it."""
     monkeypatch.setattr(runner, "FIRST_PAUSE", 0.01)
-    original = getattr(here.backend, verb)
+    original = getattr(shared.backend, verb)
+    before = len(shared.backend.created)
     raised: list[Exception] = []
 
     async def short(*args: Any, **kwargs: Any) -> Any:
@@ -489,22 +492,22 @@ async def test_a_shortage_of_the_system_is_not_the_job_s_failure(
         return await original(*args, **kwargs)
 
     if verb in {"observe", "stop"}:
-        job_id, remote_id = await here.started()
-        await here.until(job_id, "RUNNING")
-        monkeypatch.setattr(here.backend, verb, short)
+        job_id, remote_id = await shared.started()
+        await shared.until(job_id, "RUNNING")
+        monkeypatch.setattr(shared.backend, verb, short)
     else:
-        monkeypatch.setattr(here.backend, verb, short)
-        job_id, remote_id = await here.started()
+        monkeypatch.setattr(shared.backend, verb, short)
+        job_id, remote_id = await shared.started()
     if verb == "stop":
-        await here.http.post(f"/v1/fine_tuning/jobs/{job_id}/cancel")
-        await until(lambda: here.backend._jobs[remote_id].status is TrainingStatus.STOPPING)
-        here.backend.say(remote_id, TrainingStatus.CANCELLED)
+        await shared.http.post(f"/v1/fine_tuning/jobs/{job_id}/cancel")
+        await until(lambda: shared.backend._jobs[remote_id].status is TrainingStatus.STOPPING)
+        shared.backend.say(remote_id, TrainingStatus.CANCELLED)
     else:
-        here.backend.measure(remote_id, 10, train_loss=1.0)
-        here.backend.finish(remote_id)
-    ended = await here.until(job_id, "SUCCESS", "FAILED", "FAILED_VALIDATION", "CANCELLED")
+        shared.backend.measure(remote_id, 10, train_loss=1.0)
+        shared.backend.finish(remote_id)
+    ended = await shared.until(job_id, "SUCCESS", "FAILED", "FAILED_VALIDATION", "CANCELLED")
     assert ended["status"] == ("CANCELLED" if verb == "stop" else "SUCCESS")
-    assert (len(raised), len(here.backend.created)) == (2, 1)
+    assert (len(raised), len(shared.backend.created)) == (2, before + 1)
 
 
 async def test_what_a_job_leaves_is_cleaned_up_after_a_shortage(
@@ -558,49 +561,49 @@ async def test_a_file_that_cannot_be_read_for_a_while_fails_no_validation(
     ],
 )
 async def test_checkpoints_are_a_tenth_of_the_run_apart_and_ten_steps_at_least(
-    here: Site, total: int, told: list[int]
+    shared: Site, total: int, told: list[int]
 ) -> None:
     """However often the backend measures, and newest first; the last step is always there."""
-    job_id, remote = await here.started()
-    here.backend.say(remote, TrainingStatus.RUNNING, total_steps=total or None)
+    job_id, remote = await shared.started()
+    shared.backend.say(remote, TrainingStatus.RUNNING, total_steps=total or None)
     for step in range(1, (total or 35) + 1):
-        here.backend.measure(remote, step, train_loss=1 / step)
-    here.backend.finish(remote)
-    points = (await here.until(job_id, "SUCCESS"))["checkpoints"]
+        shared.backend.measure(remote, step, train_loss=1 / step)
+    shared.backend.finish(remote)
+    points = (await shared.until(job_id, "SUCCESS"))["checkpoints"]
     assert [point["step_number"] for point in reversed(points)] == told
 
 
-async def test_what_a_backend_validates_more_often_is_told(here: Site) -> None:
+async def test_what_a_backend_validates_more_often_is_told(shared: Site) -> None:
     """Ten steps apart at least, and no more than a hundred of them."""
-    job_id, remote = await here.started()
-    here.backend.say(remote, TrainingStatus.RUNNING, total_steps=2000)
+    job_id, remote = await shared.started()
+    shared.backend.say(remote, TrainingStatus.RUNNING, total_steps=2000)
     for step in range(10, 2001, 10):
-        here.backend.measure(remote, step, train_loss=1.0, valid_loss=1.0)
-    here.backend.finish(remote)
-    points = (await here.until(job_id, "SUCCESS"))["checkpoints"]
+        shared.backend.measure(remote, step, train_loss=1.0, valid_loss=1.0)
+    shared.backend.finish(remote)
+    points = (await shared.until(job_id, "SUCCESS"))["checkpoints"]
     assert [point["step_number"] for point in reversed(points)] == [*range(20, 2001, 20)]
 
 
-async def test_a_step_measured_twice_is_one_checkpoint(here: Site) -> None:
+async def test_a_step_measured_twice_is_one_checkpoint(shared: Site) -> None:
     """Training and validation of a step may come in records of their own."""
-    job_id, remote = await here.started()
-    here.backend.measure(remote, 10, train_loss=2.0)
-    here.backend.measure(remote, 10, valid_loss=1.0, train_loss=None)
-    here.backend.measure(remote, 20, train_loss=float("nan"))
-    here.backend.finish(remote)
-    (point,) = (await here.until(job_id, "SUCCESS"))["checkpoints"]
+    job_id, remote = await shared.started()
+    shared.backend.measure(remote, 10, train_loss=2.0)
+    shared.backend.measure(remote, 10, valid_loss=1.0, train_loss=None)
+    shared.backend.measure(remote, 20, train_loss=float("nan"))
+    shared.backend.finish(remote)
+    (point,) = (await shared.until(job_id, "SUCCESS"))["checkpoints"]
     assert (point["step_number"], point["metrics"]["train_loss"]) == (10, 2.0)
     assert point["metrics"]["valid_loss"] == 1.0
 
 
-async def test_a_job_keeps_what_it_shows_when_its_model_is_deleted(here: Site) -> None:
+async def test_a_job_keeps_what_it_shows_when_its_model_is_deleted(shared: Site) -> None:
     """The run is deleted with the model, and its log with the run."""
-    done = await here.finished()
+    done = await shared.finished()
     assert done["checkpoints"]
-    await here.http.delete(f"/v1/models/{done['fine_tuned_model']}")
+    await shared.http.delete(f"/v1/models/{done['fine_tuned_model']}")
     with pytest.raises(RunNotFound):
-        await here.served.gateway.client.get(done["id"])
-    kept = await here.get(done["id"])
+        await shared.served.gateway.client.get(done["id"])
+    kept = await shared.get(done["id"])
     assert (kept["events"], kept["checkpoints"]) == (done["events"], done["checkpoints"])
 
 
@@ -629,37 +632,37 @@ async def test_only_what_the_gateway_does_itself_is_stored_in_its_tables(here: S
 
 @pytest.mark.parametrize("ahead", [-3600, 3600])
 async def test_events_are_in_order_whatever_the_clock_of_the_backend(
-    here: Site, monkeypatch: pytest.MonkeyPatch, ahead: int
+    shared: Site, monkeypatch: pytest.MonkeyPatch, ahead: int
 ) -> None:
     """A status is never followed by an earlier one, nor by an earlier time."""
     now = utc_now() + timedelta(seconds=ahead)
     monkeypatch.setattr(scripted_backend, "utc_now", lambda: now)
-    job_id, remote = await here.started()
-    here.backend.tell(remote, TrainingStatus.RUNNING)
-    await here.until(job_id, "RUNNING")
-    await here.http.post(f"{JOBS}/{job_id}/cancel")
-    here.backend.tell(remote, TrainingStatus.CANCELLED)
-    job = await here.until(job_id, "CANCELLED")
+    job_id, remote = await shared.started()
+    shared.backend.tell(remote, TrainingStatus.RUNNING)
+    await shared.until(job_id, "RUNNING")
+    await shared.http.post(f"{JOBS}/{job_id}/cancel")
+    shared.backend.tell(remote, TrainingStatus.CANCELLED)
+    job = await shared.until(job_id, "CANCELLED")
     assert statuses(job)[3:] == ["RUNNING", "CANCELLATION_REQUESTED", "CANCELLED"]
     times = [event["created_at"] for event in job["events"]]
     assert times == sorted(times)
 
 
-async def test_tokens_trained_are_told_when_known(here: Site) -> None:
+async def test_tokens_trained_are_told_when_known(shared: Site) -> None:
     """From the backend's own count."""
-    job_id, remote = await here.started()
-    here.backend.say(remote, TrainingStatus.RUNNING, metrics={"tokens": 1234.0})
-    here.backend.finish(remote)
-    assert (await here.until(job_id, "SUCCESS"))["trained_tokens"] == 1234
+    job_id, remote = await shared.started()
+    shared.backend.say(remote, TrainingStatus.RUNNING, metrics={"tokens": 1234.0})
+    shared.backend.finish(remote)
+    assert (await shared.until(job_id, "SUCCESS"))["trained_tokens"] == 1234
 
 
-async def test_unknown_jobs_are_not_found(here: Site) -> None:
+async def test_unknown_jobs_are_not_found(shared: Site) -> None:
     """In the service's words."""
     for method, path in (("GET", ""), ("POST", "/start"), ("POST", "/cancel")):
-        answer = await here.http.request(method, f"{JOBS}/{uuid4()}{path}")
+        answer = await shared.http.request(method, f"{JOBS}/{uuid4()}{path}")
         assert answer.status_code == 404
         assert answer.json() == {"detail": "No fine tuning job matches the given query."}
-        assert (await here.http.request(method, f"{JOBS}/x{path}")).status_code == 422
+        assert (await shared.http.request(method, f"{JOBS}/x{path}")).status_code == 422
 
 
 class CountingBackend(ScriptedBackend):
