@@ -76,14 +76,21 @@ async def browser(here: Site) -> AsyncIterator[Browser]:
         yield found
 
 
+@pytest.fixture(scope="module")
+async def visitor(shared: Site) -> AsyncIterator[Browser]:
+    """Sign in to the gateway that several tests ask."""
+    async with signed_in(shared) as found:
+        yield found
+
+
 # -- sessions --------------------------------------------------------------------------
 
 
-async def test_the_cookie_cannot_be_read_or_sent_by_other_sites(here: Site) -> None:
+async def test_the_cookie_cannot_be_read_or_sent_by_other_sites(shared: Site) -> None:
     """HttpOnly and SameSite=Strict; each port has a cookie of its own; the key is not in it."""
-    async with signed_in(here) as browser:
+    async with signed_in(shared) as browser:
         name, *flags = browser.cookie.split("; ")
-        port = here.served.url.rpartition(":")[2]
+        port = shared.served.url.rpartition(":")[2]
         assert name.startswith(f"tb-session-{port}=")
         assert set(flags) == {"HttpOnly", "SameSite=Strict", "Path=/", f"Max-Age={SESSION_SECONDS}"}
         assert KEY not in browser.cookie + json.dumps(browser.session)
@@ -117,46 +124,46 @@ async def test_the_cookie_is_secure_behind_https(tmp_path: Path) -> None:
     ],
 )
 async def test_a_request_of_another_site_is_rejected(
-    browser: Browser, method: str, changes: dict[str, str]
+    visitor: Browser, method: str, changes: dict[str, str]
 ) -> None:
     """Although the browser might send the cookie with it."""
-    headers = {name: value for name, value in (browser.headers | changes).items() if value}
-    answer = await browser.http.request(method, "/v1/fine_tuning/jobs", json={}, headers=headers)
+    headers = {name: value for name, value in (visitor.headers | changes).items() if value}
+    answer = await visitor.http.request(method, "/v1/fine_tuning/jobs", json={}, headers=headers)
     assert answer.status_code == 403
 
 
-async def test_signing_in_from_another_site_is_rejected(here: Site) -> None:
+async def test_signing_in_from_another_site_is_rejected(shared: Site) -> None:
     """It would put the user into the session of somebody else."""
     headers = {"sec-fetch-site": "cross-site", "authorization": ""}
-    answer = await here.http.post("/console/session", json={"key": KEY}, headers=headers)
+    answer = await shared.http.post("/console/session", json={"key": KEY}, headers=headers)
     assert answer.status_code == 403
 
 
 @pytest.mark.parametrize("key", ["wrong", "tb-00000000-" + "a" * 43, " "])
-async def test_a_wrong_key_does_not_sign_in(here: Site, key: str) -> None:
+async def test_a_wrong_key_does_not_sign_in(shared: Site, key: str) -> None:
     """The answer is that of the API, without a cookie."""
-    answer = await here.http.post("/console/session", json={"key": key}, headers=SAME)
+    answer = await shared.http.post("/console/session", json={"key": key}, headers=SAME)
     assert (answer.status_code, answer.json()) == (401, {"detail": "Unauthorized"})
     assert "set-cookie" not in answer.headers
 
 
-async def test_a_session_is_the_key(here: Site) -> None:
+async def test_a_session_is_the_key(shared: Site) -> None:
     """It sees the key's project, ends when the key is revoked, and a read-only one only reads."""
-    key = await new_key(here, "read", "support")
-    async with signed_in(here, key) as browser:
+    key = await new_key(shared, "read", "support")
+    async with signed_in(shared, key) as browser:
         assert browser.session["key"]["scope"] == "read"
         assert browser.session["key"]["project"] == "support"
         assert (await browser.get("/v1/files"))["data"] == []
         assert (await browser.ask("POST", "/v1/files")).status_code == 403
         assert (await browser.ask("GET", "/console/keys")).status_code == 403
-        await anyio.to_thread.run_sync(here.served.gateway.keys.revoke, key.split("-")[1])
+        await anyio.to_thread.run_sync(shared.served.gateway.keys.revoke, key.split("-")[1])
         assert (await browser.ask("GET", "/v1/files")).status_code == 401
         assert await browser.get("/console/session") is None
 
 
-async def test_signing_out_ends_the_session(here: Site) -> None:
+async def test_signing_out_ends_the_session(shared: Site) -> None:
     """Also for a copy of the cookie, and with a key that only reads."""
-    async with signed_in(here, await new_key(here, "read")) as browser:
+    async with signed_in(shared, await new_key(shared, "read")) as browser:
         answer = await browser.ask("DELETE", "/console/session")
         assert answer.status_code == 204
         assert "Max-Age=0" in answer.headers["set-cookie"]
@@ -199,9 +206,9 @@ async def test_an_expired_session_is_removed_at_the_next_sign_in(
 # -- files of the page -----------------------------------------------------------------
 
 
-async def test_the_page_is_strict(here: Site) -> None:
+async def test_the_page_is_strict(shared: Site) -> None:
     """Only scripts and styles of this gateway, nothing inline, in no frame; no key is needed."""
-    answer = await here.http.get("/", headers={"authorization": ""})
+    answer = await shared.http.get("/", headers={"authorization": ""})
     assert answer.status_code == 200
     policy = answer.headers["content-security-policy"]
     assert policy.startswith("default-src 'self'; ")
@@ -211,18 +218,18 @@ async def test_the_page_is_strict(here: Site) -> None:
     assert not {" style=", "<style", "onclick"} & set(answer.text.split())
 
 
-async def test_assets_are_cached_until_they_change(here: Site) -> None:
+async def test_assets_are_cached_until_they_change(shared: Site) -> None:
     """Their address has a digest of the content; paths outside are 404."""
-    text = (await here.http.get("/")).text
+    text = (await shared.http.get("/")).text
     base = text.partition('href="')[2].partition("icon.svg")[0]
-    script = await here.http.get(f"/{base}app.js", headers={"authorization": ""})
+    script = await shared.http.get(f"/{base}app.js", headers={"authorization": ""})
     assert script.headers["content-type"].startswith("text/javascript")
     assert script.headers["content-encoding"] == "gzip"
     assert "immutable" in script.headers["cache-control"]
-    stale = await here.http.get("/console/assets/0/app.js")
+    stale = await shared.http.get("/console/assets/0/app.js")
     assert (stale.text, stale.headers["cache-control"]) == (script.text, "no-cache")
     for path in ("nothing.js", "../routes.py", "%2e%2e/routes.py", ""):
-        assert (await here.http.get(f"/{base}{path}")).status_code == 404
+        assert (await shared.http.get(f"/{base}{path}")).status_code == 404
 
 
 async def test_the_console_can_be_switched_off(tmp_path: Path) -> None:
@@ -301,27 +308,27 @@ async def test_a_queued_run_shows_its_position(
     assert (found["status"], found["queue_position"]) == ("pending", 3)
 
 
-async def test_a_failed_run_says_why_and_what_to_do(here: Site, browser: Browser) -> None:
+async def test_a_failed_run_says_why_and_what_to_do(shared: Site, visitor: Browser) -> None:
     """The hint depends on the kind of the failure."""
-    job_id, remote_id = await here.started()
-    here.backend.fail(remote_id, "CUDA out of memory")
-    await here.until(job_id, "FAILED")
-    failure = (await browser.get(f"/console/runs/{job_id}"))["failure"]
+    job_id, remote_id = await shared.started()
+    shared.backend.fail(remote_id, "CUDA out of memory")
+    await shared.until(job_id, "FAILED")
+    failure = (await visitor.get(f"/console/runs/{job_id}"))["failure"]
     assert (failure["kind"], failure["message"]) == ("internal", "CUDA out of memory")
     assert "log" in failure["hint"]
 
 
 async def test_metrics_of_a_long_run_are_averaged(
-    here: Site, browser: Browser, monkeypatch: pytest.MonkeyPatch
+    shared: Site, visitor: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that a chart costs the same, however long the run."""
     monkeypatch.setattr("training_backends.gateway.console_runs.MOST_POINTS", 10)
-    job_id, remote_id = await here.started()
+    job_id, remote_id = await shared.started()
     for step in range(1, 101):
-        here.backend.measure(remote_id, step, train_loss=float(step))
-    here.backend.finish(remote_id)
-    await here.until(job_id, "SUCCESS")
-    found = await browser.get(f"/console/runs/{job_id}/metrics")
+        shared.backend.measure(remote_id, step, train_loss=float(step))
+    shared.backend.finish(remote_id)
+    await shared.until(job_id, "SUCCESS")
+    found = await visitor.get(f"/console/runs/{job_id}/metrics")
     steps, values = found["series"]["train_loss"]
     assert found["steps_per_point"] == 10
     assert (steps[0], values[0]) == (9, 5.0)
@@ -329,19 +336,19 @@ async def test_metrics_of_a_long_run_are_averaged(
     assert len(steps) == 11
 
 
-async def test_the_log_names_files_instead_of_paths(here: Site, browser: Browser) -> None:
+async def test_the_log_names_files_instead_of_paths(shared: Site, visitor: Browser) -> None:
     """Directories of the gateway's machine are not its clients' business."""
-    job_id, remote_id = await here.started()
-    file_id = (await here.get(job_id))["training_files"][0]
-    gateway = here.served.gateway
-    async with signed_in(here) as again:
-        path = (await gateway.files.stored(file_id, await _principal(again, here))).source
-    here.backend.log(remote_id, f"reading {path} and {here.home}/gateway/tmp")
-    here.backend.finish(remote_id)
-    await here.until(job_id, "SUCCESS")
-    log = await browser.get(f"/console/runs/{job_id}/log")
+    job_id, remote_id = await shared.started()
+    file_id = (await shared.get(job_id))["training_files"][0]
+    gateway = shared.served.gateway
+    async with signed_in(shared) as again:
+        path = (await gateway.files.stored(file_id, await _principal(again, shared))).source
+    shared.backend.log(remote_id, f"reading {path} and {shared.home}/gateway/tmp")
+    shared.backend.finish(remote_id)
+    await shared.until(job_id, "SUCCESS")
+    log = await visitor.get(f"/console/runs/{job_id}/log")
     assert "reading train.jsonl and …/tmp" in [record["message"] for record in log]
-    last = await browser.get(f"/console/runs/{job_id}/log", before=log[-1]["seq"], limit=1)
+    last = await visitor.get(f"/console/runs/{job_id}/log", before=log[-1]["seq"], limit=1)
     assert last == log[-2:-1]
 
 
@@ -351,11 +358,11 @@ async def _principal(browser: Browser, here: Site) -> Any:
     return await anyio.to_thread.run_sync(lambda: sessions.admit(token, writes=False))
 
 
-async def test_another_projects_objects_do_not_exist(here: Site) -> None:
+async def test_another_projects_objects_do_not_exist(shared: Site) -> None:
     """For every route that takes an id, the answer is that of an unknown one."""
-    job = await here.finished()
+    job = await shared.finished()
     file_id = job["training_files"][0]
-    async with signed_in(here, await new_key(here, project="other")) as browser:
+    async with signed_in(shared, await new_key(shared, project="other")) as browser:
         assert (await browser.get("/console/runs")) == {
             "data": [],
             "has_more": False,
@@ -453,9 +460,9 @@ async def test_a_page_hears_of_its_projects_runs(here: Site, browser: Browser) -
         assert created["id"] in {each["id"] for each in await stream.until("runs")}
 
 
-async def test_a_page_that_missed_much_loads_its_list_again(browser: Browser) -> None:
+async def test_a_page_that_missed_much_loads_its_list_again(visitor: Browser) -> None:
     """Instead of a stream of everything."""
-    async with streaming(browser, "0") as stream:
+    async with streaming(visitor, "0") as stream:
         assert await stream.next() == ("reload", {})
 
 
@@ -502,37 +509,37 @@ async def test_a_shutdown_does_not_wait_for_open_pages(here: Site, browser: Brow
 @pytest.mark.parametrize(
     "cursor", ["x", "1;a=b", "-1", "nan", "1;a=-1", "1;a=99999999999999999999"]
 )
-async def test_an_invalid_cursor_is_422(browser: Browser, cursor: str) -> None:
+async def test_an_invalid_cursor_is_422(visitor: Browser, cursor: str) -> None:
     """It is a value that only the gateway makes."""
-    answer = await browser.ask("GET", "/console/stream", headers={"last-event-id": cursor})
+    answer = await visitor.ask("GET", "/console/stream", headers={"last-event-id": cursor})
     assert answer.status_code == 422
 
 
 # -- data and keys ---------------------------------------------------------------------
 
 
-async def test_a_file_is_inspected(here: Site, browser: Browser) -> None:
+async def test_a_file_is_inspected(shared: Site, visitor: Browser) -> None:
     """By the rules of the backend, with line, problem and fix of each issue."""
     rows: list[object] = [*ROWS, ROWS[0]]
-    file_id = await here.upload(jsonl(rows))
-    found = await browser.get(f"/console/files/{file_id}/inspection")
+    file_id = await shared.upload(jsonl(rows))
+    found = await visitor.get(f"/console/files/{file_id}/inspection")
     assert (found["rows"], found["errors"], found["sample_type"]) == (9, 0, "instruct")
     (issue,) = found["issues"]
     assert (issue["line"], issue["severity"]) == (9, "warning")
-    assert str(here.home) not in json.dumps(found)
+    assert str(shared.home) not in json.dumps(found)
 
 
-async def test_a_preview_marks_what_is_trained_on(here: Site, browser: Browser) -> None:
+async def test_a_preview_marks_what_is_trained_on(shared: Site, visitor: Browser) -> None:
     """The assistant's text, not the question."""
-    file_id = await here.upload()
+    file_id = await shared.upload()
     path = f"/console/files/{file_id}/preview"
-    first, second = await browser.get(path, model="tiny-mistral", rows=2)
+    first, second = await visitor.get(path, model="tiny-mistral", rows=2)
     trained = "".join(part["text"] for part in first["segments"] if part["trained"])
     assert "It is 0." in trained
     assert "What is" not in trained
     assert first["trained_tokens"] < first["tokens"]
     assert second["line"] == 2
-    assert (await browser.ask("GET", path, params={"model": "gpt-9"})).status_code == 404
+    assert (await visitor.ask("GET", path, params={"model": "gpt-9"})).status_code == 404
 
 
 async def test_keys_are_managed_by_an_admin(here: Site, browser: Browser) -> None:
@@ -571,7 +578,7 @@ async def test_the_audit_log_names_who_changed_a_key(here: Site) -> None:
         assert [tuple(row) for row in rows] == [("key.create", actor), ("key.revoke", actor)]
 
 
-async def test_models_to_train_are_offered_with_their_methods(browser: Browser) -> None:
+async def test_models_to_train_are_offered_with_their_methods(visitor: Browser) -> None:
     """As far as the backend has the method."""
-    found = {model["id"]: model["methods"] for model in await browser.get("/console/models")}
+    found = {model["id"]: model["methods"] for model in await visitor.get("/console/models")}
     assert found["tiny-mistral"] == ["sft"]

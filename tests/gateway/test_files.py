@@ -11,10 +11,11 @@ from typing import Any
 from uuid import uuid4
 
 import anyio
+import httpx
 import pytest
 from anyio import to_thread
 
-from tests.gateway.conftest import KEY, ROWS, Site, jsonl, site, trickle
+from tests.gateway.conftest import KEY, NOBODY, ROWS, Site, jsonl, site, trickle
 from tests.waiting import until
 from training_backends.datasets.inspect import inspect_file
 from training_backends.gateway import files
@@ -56,9 +57,9 @@ def upload_head(site: Site) -> bytes:
     ).encode()
 
 
-async def test_an_uploaded_file_has_all_that_clients_read(here: Site) -> None:
+async def test_an_uploaded_file_has_all_that_clients_read(shared: Site) -> None:
     """Every required field is there, with times as integers."""
-    answer = await here.http.post("/v1/files", files={"file": ("train.jsonl", CONTENT)})
+    answer = await shared.http.post("/v1/files", files={"file": ("whole.jsonl", CONTENT)})
     found = answer.json()
     assert (answer.status_code, found["object"], found["bytes"]) == (200, "file", len(CONTENT))
     assert (found["purpose"], found["sample_type"]) == ("fine-tune", "instruct")
@@ -70,9 +71,10 @@ async def test_an_uploaded_file_has_all_that_clients_read(here: Site) -> None:
 
 
 @pytest.mark.parametrize("order", list(permutations(PARTS))[::5])
-async def test_parts_may_come_in_any_order(here: Site, order: tuple[str, ...]) -> None:
+async def test_parts_may_come_in_any_order(shared: Site, order: tuple[str, ...]) -> None:
     """Each SDK writes its form in an order of its own."""
-    answer = await here.http.post("/v1/files", files=[(name, PARTS[name]) for name in order])
+    parts = {**PARTS, "file": (f"{'-'.join(order)}.jsonl", CONTENT)}
+    answer = await shared.http.post("/v1/files", files=[(name, parts[name]) for name in order])
     found = answer.json()
     assert (answer.status_code, found["visibility"]) == (200, "workspace")
     assert found["expires_at"] == pytest.approx(time.time() + 48 * 3600, abs=60)
@@ -87,30 +89,31 @@ async def test_the_same_name_and_content_again_is_the_same_file(here: Site) -> N
     assert len(blobs(here)) == 2
 
 
-async def test_text_samples_are_seen_as_pretrain(here: Site) -> None:
+async def test_text_samples_are_seen_as_pretrain(shared: Site) -> None:
     """The type of the samples comes from the content."""
-    file_id = await here.upload(jsonl([{"text": "Once upon a time."}]))
-    found = (await here.http.get(f"/v1/files/{file_id}")).json()
+    file_id = await shared.upload(jsonl([{"text": "Once upon a time."}]))
+    found = (await shared.http.get(f"/v1/files/{file_id}")).json()
     assert (found["sample_type"], found["deleted"]) == ("pretrain", False)
 
 
-async def test_what_comes_back_is_what_was_sent(here: Site) -> None:
+async def test_what_comes_back_is_what_was_sent(shared: Site) -> None:
     """The content is streamed as it was uploaded."""
-    file_id = await here.upload()
-    answer = await here.http.get(f"/v1/files/{file_id}/content")
+    file_id = await shared.upload()
+    answer = await shared.http.get(f"/v1/files/{file_id}/content")
     assert answer.content == CONTENT
     assert answer.headers["content-type"] == "application/octet-stream"
 
 
-async def test_a_signed_link_works_without_a_key(here: Site) -> None:
+async def test_a_signed_link_works_without_a_key(shared: Site) -> None:
     """The link alone is enough, and a changed one is not."""
-    file_id = await here.upload()
-    url = (await here.http.get(f"/v1/files/{file_id}/url?expiry=2")).json()["url"]
-    del here.http.headers["authorization"]
-    assert (await here.http.get(url)).content == CONTENT
-    assert (await here.http.get(url[:-1] + ("0" if url[-1] != "0" else "1"))).status_code == 403
-    later = url.replace("expires=", "expires=9")
-    assert (await here.http.get(later)).status_code == 403
+    file_id = await shared.upload()
+    url = (await shared.http.get(f"/v1/files/{file_id}/url?expiry=2")).json()["url"]
+    async with httpx.AsyncClient(verify=NOBODY) as anybody:
+        assert (await anybody.get(url)).content == CONTENT
+        changed = url[:-1] + ("0" if url[-1] != "0" else "1")
+        assert (await anybody.get(changed)).status_code == 403
+        later = url.replace("expires=", "expires=9")
+        assert (await anybody.get(later)).status_code == 403
 
 
 async def test_a_link_ends_with_its_time(here: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,11 +136,11 @@ async def test_a_deleted_file_is_gone(here: Site) -> None:
     assert blobs(here) == []
 
 
-async def test_bytes_stay_while_another_name_refers_to_them(here: Site) -> None:
+async def test_bytes_stay_while_another_name_refers_to_them(shared: Site) -> None:
     """Contents are shared; deleting one name must not take them from the other."""
-    first, second = await here.upload(), await here.upload(name="other.jsonl")
-    await here.http.delete(f"/v1/files/{first}")
-    assert (await here.http.get(f"/v1/files/{second}/content")).content == CONTENT
+    first, second = await shared.upload(), await shared.upload(name="other.jsonl")
+    await shared.http.delete(f"/v1/files/{first}")
+    assert (await shared.http.get(f"/v1/files/{second}/content")).content == CONTENT
 
 
 async def test_bytes_stay_while_a_job_needs_them(here: Site) -> None:
@@ -239,24 +242,25 @@ async def test_pages_of_the_list(here: Site) -> None:
     assert last["total"] is None
 
 
-async def test_bad_lines_are_named(here: Site) -> None:
+async def test_bad_lines_are_named(shared: Site) -> None:
     """The answer has the service's shape, with a number for each line."""
     content = b'{"text": "good"}\n{"messages": [}\n\n[1]\n'
-    answer = await here.http.post("/v1/files", files={"file": ("bad.jsonl", content)})
+    before = blobs(shared)
+    answer = await shared.http.post("/v1/files", files={"file": ("bad.jsonl", content)})
     body = answer.json()
     assert (answer.status_code, body["detail"]) == (422, "Invalid file format.")
     assert body["description"].startswith("Found 2 errors in this file")
     assert [error["line_number"] for error in body["errors"]] == [2, 4]
     assert all(error["message"] for error in body["errors"])
-    assert leftovers(here) == []
-    assert blobs(here) == []
+    assert leftovers(shared) == []
+    assert blobs(shared) == before
 
 
-async def test_bad_lines_come_with_what_to_do(here: Site) -> None:
+async def test_bad_lines_come_with_what_to_do(shared: Site) -> None:
     """The message has the error and the fix that our own check reports."""
     content = jsonl([{"conversations": [{"from": "human", "value": "Hi"}]}])
-    answer = await here.http.post("/v1/files", files={"file": ("bad.jsonl", content)})
-    path = here.home / "bad.jsonl"
+    answer = await shared.http.post("/v1/files", files={"file": ("bad.jsonl", content)})
+    path = shared.home / "bad.jsonl"
     await anyio.Path(path).write_bytes(content)
     _, (issue,) = await to_thread.run_sync(inspect_file, path)
     assert issue.fix
@@ -281,13 +285,13 @@ async def test_bad_lines_come_with_what_to_do(here: Site) -> None:
     ],
 )
 async def test_an_upload_that_cannot_be_used_is_refused_by_field(
-    here: Site, files: Any, data: dict[str, str], place: list[str]
+    shared: Site, files: Any, data: dict[str, str], place: list[str]
 ) -> None:
     """Each refusal names the part of the form."""
-    answer = await here.http.post("/v1/files", files=files, data=data)
+    answer = await shared.http.post("/v1/files", files=files, data=data)
     assert answer.status_code == 422
     assert answer.json()["detail"][0]["loc"] == place
-    assert leftovers(here) == []
+    assert leftovers(shared) == []
 
 
 @pytest.mark.parametrize(
@@ -300,19 +304,19 @@ async def test_an_upload_that_cannot_be_used_is_refused_by_field(
         ("multipart/form-data; boundary=x", b"--x\r\n" + b"a" * 9000),
     ],
 )
-async def test_a_broken_form_is_refused(here: Site, content_type: str, body: bytes) -> None:
+async def test_a_broken_form_is_refused(shared: Site, content_type: str, body: bytes) -> None:
     """What is no form, or is cut off, is a client's error and leaves nothing."""
     headers = {"content-type": content_type}
-    answer = await here.http.post("/v1/files", content=body, headers=headers)
+    answer = await shared.http.post("/v1/files", content=body, headers=headers)
     assert answer.status_code == 422
     assert answer.json()["detail"]
-    assert leftovers(here) == []
+    assert leftovers(shared) == []
 
 
-async def test_a_name_with_folders_keeps_its_last_part(here: Site) -> None:
+async def test_a_name_with_folders_keeps_its_last_part(shared: Site) -> None:
     """A client's folders never matter here."""
-    file_id = await here.upload(name="../../etc/passwd.jsonl")
-    found = (await here.http.get(f"/v1/files/{file_id}")).json()
+    file_id = await shared.upload(name="../../etc/passwd.jsonl")
+    found = (await shared.http.get(f"/v1/files/{file_id}")).json()
     assert found["filename"] == "passwd.jsonl"
 
 
@@ -326,11 +330,11 @@ async def test_a_name_with_folders_keeps_its_last_part(here: Site) -> None:
         ("filename*=UTF-8''..%2F..%2Fpasswd", "passwd"),
     ],
 )
-async def test_an_extended_file_name_is_read(here: Site, extra: str, name: str) -> None:
+async def test_an_extended_file_name_is_read(shared: Site, extra: str, name: str) -> None:
     """As RFC 5987 writes one; what cannot be read leaves the plain name."""
     disposition = f'form-data; name="file"; filename="plain.jsonl"; {extra}'
     body = b"--x\r\ncontent-disposition: %s\r\n\r\n%s\r\n--x--\r\n"
-    answer = await here.http.post(
+    answer = await shared.http.post(
         "/v1/files",
         content=body % (disposition.encode(), CONTENT),
         headers={"content-type": "multipart/form-data; boundary=x"},
@@ -338,7 +342,7 @@ async def test_an_extended_file_name_is_read(here: Site, extra: str, name: str) 
     assert (answer.status_code, answer.json()["filename"]) == (200, name)
 
 
-async def test_what_follows_the_end_of_a_form_has_a_bound(here: Site) -> None:
+async def test_what_follows_the_end_of_a_form_has_a_bound(shared: Site) -> None:
     """A little is ignored, more is rejected and nothing of the form is kept."""
     form = b'--x\r\ncontent-disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
     form += CONTENT + b"\r\n--x--\r\n"
@@ -350,8 +354,8 @@ async def test_what_follows_the_end_of_a_form_has_a_bound(here: Site) -> None:
             yield b"y" * 1000
 
     for behind, status in ((5, 200), (500, 413)):
-        answer = await here.http.post("/v1/files", content=chunks(behind), headers=headers)
-        assert (answer.status_code, leftovers(here)) == (status, [])
+        answer = await shared.http.post("/v1/files", content=chunks(behind), headers=headers)
+        assert (answer.status_code, leftovers(shared)) == (status, [])
 
 
 @pytest.mark.parametrize("declared", [True, False])
@@ -513,15 +517,15 @@ async def test_what_the_gateway_did_not_write_is_left_alone(
     assert sum("left in place" in entry["event"] for entry in logs) == 2
 
 
-async def test_unknown_ids_are_not_found_and_other_words_are_refused(here: Site) -> None:
+async def test_unknown_ids_are_not_found_and_other_words_are_refused(shared: Site) -> None:
     """404 for an id that nobody has, 422 for what is no id."""
     for path in ("", "/content", "/url"):
-        answer = await here.http.get(f"/v1/files/{uuid4()}{path}")
+        answer = await shared.http.get(f"/v1/files/{uuid4()}{path}")
         assert (answer.status_code, answer.json()) == (
             404,
             {"detail": "No file matches the given query."},
         )
-        answer = await here.http.get(f"/v1/files/not-an-id{path}")
+        answer = await shared.http.get(f"/v1/files/not-an-id{path}")
         assert answer.json()["detail"][0]["loc"] == ["path", "file_id"]
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import httpx
 import pytest
 from anyio import to_thread
 from pydantic import SecretStr
 
-from tests.gateway.conftest import KEY, Site, site
+from tests.gateway.conftest import KEY, NOBODY, Site, site
 from tests.waiting import until
 from training_backends.core.errors import ConfigError, CredentialNotFound, StoreError
 from training_backends.core.logging import redact
@@ -298,24 +299,24 @@ def test_the_static_key_stands_beside_the_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "header", [None, "Bearer", "Bearer wrong", f"Basic {KEY}", KEY, "Bearer \u00e9"]
 )
-async def test_without_a_valid_key_nothing_is_served(here: Site, header: str | None) -> None:
+async def test_without_a_valid_key_nothing_is_served(shared: Site, header: str | None) -> None:
     """Whatever the route, and before the body is looked at."""
-    del here.http.headers["authorization"]
     headers = [(b"authorization", header.encode("latin-1"))] if header is not None else []
-    for method, path in (("GET", "/v1/models"), ("POST", "/v1/files"), ("GET", "/v1/nothing")):
-        answer = await here.http.request(method, path, headers=headers, content=b"{")
-        assert (answer.status_code, answer.json()) == (401, {"detail": "Unauthorized"})
-        assert answer.headers["www-authenticate"] == "Bearer"
+    async with httpx.AsyncClient(base_url=shared.served.url, verify=NOBODY) as http:
+        for method, path in (("GET", "/v1/models"), ("POST", "/v1/files"), ("GET", "/v1/nothing")):
+            answer = await http.request(method, path, headers=headers, content=b"{")
+            assert (answer.status_code, answer.json()) == (401, {"detail": "Unauthorized"})
+            assert answer.headers["www-authenticate"] == "Bearer"
 
 
-async def test_a_key_made_while_the_gateway_runs_works_until_it_is_revoked(here: Site) -> None:
+async def test_a_key_made_while_the_gateway_runs_works_until_it_is_revoked(shared: Site) -> None:
     """The command line and the gateway share the keys."""
-    keys = await to_thread.run_sync(open_keys, here.home)
+    keys = await to_thread.run_sync(open_keys, shared.home)
     made = await to_thread.run_sync(keys.create, "later")
     headers = {"authorization": f"bearer {secret(made)}"}
-    assert (await here.http.get("/v1/models", headers=headers)).status_code == 200
+    assert (await shared.http.get("/v1/models", headers=headers)).status_code == 200
     await to_thread.run_sync(keys.revoke, made.info.id)
-    answer = await here.http.get("/v1/models", headers=headers)
+    answer = await shared.http.get("/v1/models", headers=headers)
     assert (answer.status_code, answer.json()) == (401, {"detail": "This API key is revoked."})
     assert answer.headers["www-authenticate"] == "Bearer"
 
@@ -330,28 +331,28 @@ async def revoke(here: Site, made: NewKey) -> None:
     await to_thread.run_sync(lambda: open_keys(here.home).revoke(made.info.id))
 
 
-async def test_an_expired_key_is_refused_while_the_gateway_runs(here: Site) -> None:
+async def test_an_expired_key_is_refused_while_the_gateway_runs(shared: Site) -> None:
     """Its time is looked at with every request."""
-    made = await make(here, expires_at=utc_now() + timedelta(seconds=2))
-    assert (await here.http.get("/v1/models", headers=bearer(made))).status_code == 200
+    made = await make(shared, expires_at=utc_now() + timedelta(seconds=2))
+    assert (await shared.http.get("/v1/models", headers=bearer(made))).status_code == 200
     answer = await until(
-        lambda: here.http.get("/v1/models", headers=bearer(made)),
+        lambda: shared.http.get("/v1/models", headers=bearer(made)),
         lambda answer: answer.status_code != 200,
     )
     assert (answer.status_code, answer.json()) == (401, {"detail": "This API key is expired."})
 
 
-async def test_a_key_to_read_sees_everything_and_changes_nothing(here: Site) -> None:
+async def test_a_key_to_read_sees_everything_and_changes_nothing(shared: Site) -> None:
     """Whatever operation there is, before its body is looked at."""
-    headers = bearer(await make(here, scope="read"))
-    file_id = await here.upload()
-    assert (await here.http.get(f"/v1/files/{file_id}", headers=headers)).status_code == 200
-    assert (await here.http.get("/v1/fine_tuning/jobs", headers=headers)).status_code == 200
+    headers = bearer(await make(shared, scope="read"))
+    file_id = await shared.upload()
+    assert (await shared.http.get(f"/v1/files/{file_id}", headers=headers)).status_code == 200
+    assert (await shared.http.get("/v1/fine_tuning/jobs", headers=headers)).status_code == 200
     changed = 0
-    for path, operations in create_app(here.served.gateway).openapi()["paths"].items():
+    for path, operations in create_app(shared.served.gateway).openapi()["paths"].items():
         for method in operations:
             url = path.format_map(defaultdict(lambda: "none", file_id=file_id, job_id=file_id))
-            answer = await here.http.request(method, url, headers=headers, content=b"{")
+            answer = await shared.http.request(method, url, headers=headers, content=b"{")
             if method == "get":
                 assert answer.status_code != 403 or path in {"/files/{file_id}", "/metrics"}
             else:
@@ -359,7 +360,7 @@ async def test_a_key_to_read_sees_everything_and_changes_nothing(here: Site) -> 
                 assert "read-only" in answer.text
                 changed += 1
     assert changed >= 8
-    assert (await here.http.get(f"/v1/files/{file_id}")).status_code == 200
+    assert (await shared.http.get(f"/v1/files/{file_id}")).status_code == 200
 
 
 @pytest.mark.parametrize("how", ["revoked", "expired"])
@@ -418,9 +419,9 @@ async def test_a_gateway_without_a_static_key_takes_stored_ones_only(tmp_path: P
         assert (await here.http.get("/v1/models")).status_code == 200
 
 
-async def test_health_needs_no_key(here: Site) -> None:
+async def test_health_needs_no_key(shared: Site) -> None:
     """So that a supervisor can ask."""
-    del here.http.headers["authorization"]
-    answer = await here.http.get("/health")
+    async with httpx.AsyncClient(base_url=shared.served.url, verify=NOBODY) as http:
+        answer = await http.get("/health")
     assert (answer.status_code, answer.json()["status"]) == (200, "ok")
     assert json.loads(answer.content)["backend"] == "scripted"
