@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.gateway.conftest import KEY, Site, scripted, site
+from tests.gateway.conftest import KEY, Site, scripted, shared_site
 from tests.gateway.test_chat import answered
 from training_backends.testing.server import LoopbackServer
 
@@ -41,9 +41,9 @@ async def here(
     tmp_path_factory: pytest.TempPathFactory, upstream: LoopbackServer
 ) -> AsyncIterator[Site]:
     """The gateway of a module."""
-    home = tmp_path_factory.mktemp("console")
     backend = scripted(methods=frozenset({"sft", "dpo", "classifier"}))
-    async with site(home, backend, inference_url=f"{upstream.base_url}/v1") as opened:
+    url = f"{upstream.base_url}/v1"
+    async with shared_site(tmp_path_factory, backend=backend, inference_url=url) as opened:
         yield opened
 
 

@@ -1,6 +1,6 @@
 """What a request for a job may ask for, and how the rest is refused."""
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -12,7 +12,7 @@ from anyio import to_thread
 from mistralai.client import Mistral
 from pydantic import BaseModel, SecretStr
 
-from tests.gateway.conftest import KEY, Site, jsonl, scripted, site
+from tests.gateway.conftest import KEY, Site, jsonl, scripted, shared_site, site
 from tests.waiting import until
 from training_backends.backends.local.settings import LocalOptions
 from training_backends.backends.mistral.backend import MistralAPIBackend
@@ -154,6 +154,26 @@ class Noting(ScriptedBackend):
         return await super().launch(run, journal)
 
 
+@pytest.fixture(scope="module")
+async def noting(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+    """A gateway in front of that backend."""
+    async with shared_site(tmp_path_factory, backend=Noting()) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+async def limited(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+    """A gateway in front of a backend that declares little."""
+    backend = scripted(
+        hyperparameters=frozenset({"epochs"}),
+        weights=False,
+        validation_files=False,
+        max_train_files=1,
+    )
+    async with shared_site(tmp_path_factory, backend=backend) as opened:
+        yield opened
+
+
 async def test_a_job_is_trained_as_the_catalogue_says(tmp_path: Path) -> None:
     """Clients cannot ask for it: the protocol has no words for such things."""
     catalogue = tmp_path / "catalogue.toml"
@@ -180,13 +200,12 @@ async def test_a_job_is_trained_as_the_catalogue_says(tmp_path: Path) -> None:
     ],
 )
 async def test_the_backend_receives_the_hyperparameters_that_were_set_and_no_others(
-    tmp_path: Path, sent: dict[str, Any], received: dict[str, Any]
+    noting: Site, sent: dict[str, Any], received: dict[str, Any]
 ) -> None:
     """A strict backend would reject a value that the client never set."""
-    backend = Noting()
-    async with site(tmp_path, backend) as here:
-        await here.finished(hyperparameters=sent)
-    (config,) = backend.configs
+    await noting.finished(hyperparameters=sent)
+    assert isinstance(noting.backend, Noting)
+    config = noting.backend.configs[-1]
     assert config.hyperparameters.model_dump(exclude_none=True) == received
 
 
@@ -204,17 +223,10 @@ async def test_the_backend_receives_the_hyperparameters_that_were_set_and_no_oth
     ],
 )
 async def test_what_the_backend_does_not_declare_is_refused_at_once(
-    tmp_path: Path, fields: dict[str, Any], place: list[str | int], message: str
+    limited: Site, fields: dict[str, Any], place: list[str | int], message: str
 ) -> None:
     """By its place in the request, before the job exists."""
-    backend = scripted(
-        hyperparameters=frozenset({"epochs"}),
-        weights=False,
-        validation_files=False,
-        max_train_files=1,
-    )
-    async with site(tmp_path, backend) as here:
-        answer = await here.try_create(**{"hyperparameters": {}, **fields})
+    answer = await limited.try_create(**{"hyperparameters": {}, **fields})
     assert answer.status_code == 422
     (detail,) = answer.json()["detail"]
     assert detail["loc"] == ["body", *place]

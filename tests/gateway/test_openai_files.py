@@ -21,9 +21,9 @@ async def upload(sdk: AsyncOpenAI, name: str = "train.jsonl", content: bytes = j
     return (await sdk.files.create(file=(name, content), purpose="fine-tune")).id
 
 
-async def test_a_file_lives(here: Site, sdk: AsyncOpenAI) -> None:
+async def test_a_file_lives(shared: Site, shared_sdk: AsyncOpenAI) -> None:
     """Uploaded, retrieved, downloaded, seen by the other API, deleted."""
-    made = await sdk.files.create(
+    made = await shared_sdk.files.create(
         file=("été.jsonl", jsonl()),
         purpose="fine-tune",
         expires_after={"anchor": "created_at", "seconds": 3600},
@@ -31,18 +31,18 @@ async def test_a_file_lives(here: Site, sdk: AsyncOpenAI) -> None:
     assert (made.object, made.filename, made.purpose) == ("file", "été.jsonl", "fine-tune")
     assert (made.bytes, made.status) == (len(jsonl()), "processed")
     assert made.expires_at == made.created_at + 3600
-    assert await sdk.files.retrieve(made.id) == made
-    assert await sdk.files.wait_for_processing(made.id) == made
-    assert (await sdk.files.content(made.id)).content == jsonl()
-    seen = (await here.http.get(f"/v1/files/{own_id(made.id)}")).json()
+    assert await shared_sdk.files.retrieve(made.id) == made
+    assert await shared_sdk.files.wait_for_processing(made.id) == made
+    assert (await shared_sdk.files.content(made.id)).content == jsonl()
+    seen = (await shared.http.get(f"/v1/files/{own_id(made.id)}")).json()
     assert (seen["filename"], seen["num_lines"]) == ("été.jsonl", 8)
-    gone = await sdk.files.delete(made.id)
+    gone = await shared_sdk.files.delete(made.id)
     assert (gone.id, gone.object, gone.deleted) == (made.id, "file", True)
     with pytest.raises(openai.NotFoundError):
-        await sdk.files.retrieve(made.id)
+        await shared_sdk.files.retrieve(made.id)
 
 
-async def test_the_parts_of_a_form_have_any_order(here: Site) -> None:
+async def test_the_parts_of_a_form_have_any_order(shared: Site) -> None:
     """The file may come before its purpose, in a chunked body, with any name."""
     boundary = "b0"
     parts = (
@@ -57,7 +57,7 @@ async def test_the_parts_of_a_form_have_any_order(here: Site) -> None:
         for part in parts:
             yield part
 
-    answer = await here.http.post(
+    answer = await shared.http.post(
         "/openai/v1/files",
         content=chunks(),
         headers={"content-type": f"multipart/form-data; boundary={boundary}"},
@@ -86,57 +86,59 @@ async def test_lists_have_pages(sdk: AsyncOpenAI) -> None:
     ("content", "line"), [(b'{"a": 1}\nnot json\n', 2), (b"[1]\n", 1), (b"\x00\xff", 1)]
 )
 async def test_only_lines_that_are_no_objects_are_rejected(
-    content: bytes, line: int, sdk: AsyncOpenAI
+    content: bytes, line: int, shared_sdk: AsyncOpenAI
 ) -> None:
     """The service finds all other mistakes when it validates the job."""
     with pytest.raises(
         openai.BadRequestError, match="Expected file to have JSONL format"
     ) as failed:
-        await upload(sdk, content=content)
+        await upload(shared_sdk, content=content)
     assert f"Line {line} is not" in failed.value.message
     assert failed.value.param == "file"
-    assert await upload(sdk, content=b'{"messages": []}\n')
+    assert await upload(shared_sdk, content=b'{"messages": []}\n')
 
 
-async def test_only_a_repeated_upload_returns_the_same_file(sdk: AsyncOpenAI) -> None:
+async def test_only_a_repeated_upload_returns_the_same_file(shared_sdk: AsyncOpenAI) -> None:
     """Known by the client's retry count, or by an idempotency key; any other is a new file."""
     form: dict[str, Any] = {"file": ("a.jsonl", jsonl()), "purpose": "fine-tune"}
-    first, second = [await sdk.files.create(**form) for _ in range(2)]
+    first, second = [await shared_sdk.files.create(**form) for _ in range(2)]
     assert first.id != second.id
-    again = await sdk.files.create(**form, extra_headers={"x-stainless-retry-count": "1"})
+    again = await shared_sdk.files.create(**form, extra_headers={"x-stainless-retry-count": "1"})
     assert again.id in {first.id, second.id}
     key = {"Idempotency-Key": "k"}
-    keyed = await sdk.files.create(**form, extra_headers=key)
+    keyed = await shared_sdk.files.create(**form, extra_headers=key)
     assert keyed.id not in {first.id, second.id}
-    assert (await sdk.files.create(**form, extra_headers=key)).id == keyed.id
+    assert (await shared_sdk.files.create(**form, extra_headers=key)).id == keyed.id
     with pytest.raises(openai.BadRequestError) as refused:
-        await sdk.files.create(file=("b.jsonl", jsonl()), purpose="fine-tune", extra_headers=key)
+        await shared_sdk.files.create(
+            file=("b.jsonl", jsonl()), purpose="fine-tune", extra_headers=key
+        )
     assert refused.value.code == "idempotency_error"
     with pytest.raises(openai.BadRequestError, match="255 characters"):
-        await sdk.files.create(**form, extra_headers={"Idempotency-Key": "k" * 256})
+        await shared_sdk.files.create(**form, extra_headers={"Idempotency-Key": "k" * 256})
 
 
-async def test_errors_are_the_classes_of_the_client(here: Site, sdk: AsyncOpenAI) -> None:
+async def test_errors_are_the_classes_of_the_client(shared: Site, shared_sdk: AsyncOpenAI) -> None:
     """Every error has message, type, param, code and the id of its request."""
     with pytest.raises(openai.NotFoundError, match="No such File object: nope") as missing:
-        await sdk.files.retrieve("nope")
+        await shared_sdk.files.retrieve("nope")
     assert (missing.value.param, missing.value.code) == ("id", None)
     assert missing.value.type == "invalid_request_error"
     assert missing.value.request_id
     with pytest.raises(openai.AuthenticationError, match="Incorrect API key") as denied:
-        await sdk.with_options(api_key="wrong").files.list()
+        await shared_sdk.with_options(api_key="wrong").files.list()
     assert denied.value.code == "invalid_api_key"
     with pytest.raises(openai.BadRequestError, match="invalid limit") as bad:
-        await sdk.files.list(limit=0)
+        await shared_sdk.files.list(limit=0)
     assert bad.value.param == "limit"
     with pytest.raises(openai.BadRequestError, match="invalid after"):
-        await sdk.files.list(after="nope")
+        await shared_sdk.files.list(after="nope")
     with pytest.raises(openai.BadRequestError, match="invalid purpose"):
-        await sdk.files.create(file=b"x", purpose="dinner")  # type: ignore[arg-type]
+        await shared_sdk.files.create(file=b"x", purpose="dinner")  # type: ignore[arg-type]
     early: Any = {"anchor": "created_at", "seconds": 1}
     with pytest.raises(openai.BadRequestError, match=r"invalid expires_after\.seconds"):
-        await sdk.files.create(file=b"x", purpose="batch", expires_after=early)
-    answer = await here.http.post("/openai/v1/files", files={"file": ("a", jsonl())})
+        await shared_sdk.files.create(file=b"x", purpose="batch", expires_after=early)
+    answer = await shared.http.post("/openai/v1/files", files={"file": ("a", jsonl())})
     assert answer.json() == {
         "error": {
             "message": "'purpose' is a required property",
@@ -145,9 +147,9 @@ async def test_errors_are_the_classes_of_the_client(here: Site, sdk: AsyncOpenAI
             "code": None,
         }
     }
-    unknown = await here.http.get("/openai/v1/nothing")
+    unknown = await shared.http.get("/openai/v1/nothing")
     assert (unknown.status_code, json.loads(unknown.text)["error"]["message"]) == (404, "Not Found")
-    assert (await here.http.get("/v1/nothing")).json() == {"detail": "Not Found"}
+    assert (await shared.http.get("/v1/nothing")).json() == {"detail": "Not Found"}
 
 
 @pytest.mark.parametrize("coding", ["base64", "plain"])

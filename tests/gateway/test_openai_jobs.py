@@ -94,11 +94,11 @@ async def cancelled_by(here: Site, sdk: AsyncOpenAI, job_id: str, remote_id: str
     await reached(sdk, job_id, "cancelled")
 
 
-async def test_a_job_lives(here: Site, sdk: AsyncOpenAI) -> None:
+async def test_a_job_lives(shared: Site, shared_sdk: AsyncOpenAI) -> None:
     """Created, followed by events and checkpoints, succeeded."""
-    validation = await upload(sdk, jsonl([{"messages": HELLO}]))
+    validation = await upload(shared_sdk, jsonl([{"messages": HELLO}]))
     made = await create(
-        sdk, validation_file=validation, suffix="my model!", seed=7, metadata={"team": "a"}
+        shared_sdk, validation_file=validation, suffix="my model!", seed=7, metadata={"team": "a"}
     )
     assert (made.object, made.model) == ("fine_tuning.job", "tiny-mistral")
     assert made.validation_file == validation
@@ -106,18 +106,18 @@ async def test_a_job_lives(here: Site, sdk: AsyncOpenAI) -> None:
     assert (made.seed, made.metadata, made.error) == (7, {"team": "a"}, None)
     assert (made.fine_tuned_model, made.finished_at, made.trained_tokens) == (None, None, None)
     assert (made.result_files, made.integrations) == ([], [])
-    remote = await run_of(here, sdk, made.id)
+    remote = await run_of(shared, shared_sdk, made.id)
     for step in range(1, 31):
-        here.backend.measure(remote, step, train_loss=3 - step / 20, valid_loss=2.0)
-    here.backend.finish(remote)
-    done = await reached(sdk, made.id, "succeeded")
+        shared.backend.measure(remote, step, train_loss=3 - step / 20, valid_loss=2.0)
+    shared.backend.finish(remote)
+    done = await reached(shared_sdk, made.id, "succeeded")
     assert done.fine_tuned_model is not None
     assert done.fine_tuned_model.startswith("ft:tiny-mistral:")
     assert ":my-model-:" in done.fine_tuned_model
     assert done.finished_at is not None
     assert done.to_dict()["user_provided_suffix"] == "my model!"
 
-    events = [event async for event in sdk.fine_tuning.jobs.list_events(made.id, limit=7)]
+    events = [event async for event in shared_sdk.fine_tuning.jobs.list_events(made.id, limit=7)]
     assert len({event.id for event in events}) == len(events)
     oldest_first = events[::-1]
     assert [event.message for event in oldest_first if event.type == "message"] == [
@@ -133,13 +133,17 @@ async def test_a_job_lives(here: Site, sdk: AsyncOpenAI) -> None:
     assert metrics[0].data == {"step": 1, "train_loss": 2.95, "valid_loss": 2.0}
     assert metrics[0].message == "Step 1: training loss=2.95, validation loss=2.00"
     for start in (0, 3, 32):  # a message of the end, a step, a message of the beginning
-        page = await sdk.fine_tuning.jobs.list_events(made.id, after=events[start].id, limit=2)
+        page = await shared_sdk.fine_tuning.jobs.list_events(
+            made.id, after=events[start].id, limit=2
+        )
         assert [event.id for event in page.data] == [one.id for one in events[start + 1 :][:2]]
         assert page.has_more is True
     with pytest.raises(openai.BadRequestError, match="invalid after"):
-        await sdk.fine_tuning.jobs.list_events(made.id, after="nope")
+        await shared_sdk.fine_tuning.jobs.list_events(made.id, after="nope")
 
-    points = [point async for point in sdk.fine_tuning.jobs.checkpoints.list(made.id, limit=1)]
+    points = [
+        point async for point in shared_sdk.fine_tuning.jobs.checkpoints.list(made.id, limit=1)
+    ]
     assert [point.step_number for point in points] == [30, 20, 10]
     assert points[0].fine_tuned_model_checkpoint == done.fine_tuned_model
     assert points[1].fine_tuned_model_checkpoint.endswith(":ckpt-step-20")
@@ -147,7 +151,7 @@ async def test_a_job_lives(here: Site, sdk: AsyncOpenAI) -> None:
     assert points[0].fine_tuning_job_id == made.id
     assert points[0].id.startswith("ftckpt_")
     with pytest.raises(openai.BadRequestError, match="invalid after"):
-        await sdk.fine_tuning.jobs.checkpoints.list(made.id, after="nope")
+        await shared_sdk.fine_tuning.jobs.checkpoints.list(made.id, after="nope")
 
 
 @pytest.mark.parametrize("place", ["method", "hyperparameters"])
@@ -258,16 +262,18 @@ async def test_errors_name_the_file_and_no_path(tmp_path: Path) -> None:
         assert str(here.home) not in job.to_json()
 
 
-async def test_a_running_job_is_paused_resumed_and_cancelled(here: Site, sdk: AsyncOpenAI) -> None:
+async def test_a_running_job_is_paused_resumed_and_cancelled(
+    shared: Site, shared_sdk: AsyncOpenAI
+) -> None:
     """Only in these statuses; anything else is an error that the client does not repeat."""
-    jobs = sdk.fine_tuning.jobs
-    made = await create(sdk)
-    remote = await run_of(here, sdk, made.id)
+    jobs = shared_sdk.fine_tuning.jobs
+    made = await create(shared_sdk)
+    remote = await run_of(shared, shared_sdk, made.id)
     assert (await jobs.pause(made.id)).to_dict()["status"] == "paused"
-    assert (await here.get(own_id(made.id)))["status"] == "RUNNING"
+    assert (await shared.get(own_id(made.id)))["status"] == "RUNNING"
     assert (await jobs.resume(made.id)).status == "running"
     assert (await jobs.cancel(made.id)).status == "running"
-    await cancelled_by(here, sdk, made.id, remote)
+    await cancelled_by(shared, shared_sdk, made.id, remote)
     newest = (await jobs.list_events(made.id, limit=1)).data[0]
     assert newest.message == "The job was cancelled"
     for act in (jobs.cancel, jobs.pause, jobs.resume):
@@ -390,13 +396,13 @@ async def test_errors_are_the_classes_of_the_client(tmp_path: Path) -> None:
             await jobs.pause(made.id)
 
 
-async def test_a_key_sees_its_project_only(here: Site, sdk: AsyncOpenAI) -> None:
+async def test_a_key_sees_its_project_only(shared: Site, shared_sdk: AsyncOpenAI) -> None:
     """Files, jobs and models of another project do not exist, and a read-only key only reads."""
-    file_id = await upload(sdk)
-    made = await create(sdk, training_file=file_id)
-    keys = here.served.gateway.keys
+    file_id = await upload(shared_sdk)
+    made = await create(shared_sdk, training_file=file_id)
+    keys = shared.served.gateway.keys
     other = await anyio.to_thread.run_sync(lambda: keys.create(project="other"))
-    theirs = sdk.with_options(api_key=other.key.get_secret_value())
+    theirs = shared_sdk.with_options(api_key=other.key.get_secret_value())
     assert (await theirs.files.list()).data == []
     assert (await theirs.fine_tuning.jobs.list()).data == []
     with pytest.raises(openai.NotFoundError, match="Could not find fine tune"):
@@ -408,20 +414,22 @@ async def test_a_key_sees_its_project_only(here: Site, sdk: AsyncOpenAI) -> None
         with pytest.raises(openai.BadRequestError, match="invalid after"):
             await lists(after=made.id)
     reader = await anyio.to_thread.run_sync(lambda: keys.create(scope="read"))
-    read_only = sdk.with_options(api_key=reader.key.get_secret_value())
+    read_only = shared_sdk.with_options(api_key=reader.key.get_secret_value())
     assert (await read_only.fine_tuning.jobs.retrieve(made.id)).id == made.id
     with pytest.raises(openai.PermissionDeniedError, match="read-only"):
         await read_only.fine_tuning.jobs.cancel(made.id)
 
 
-async def test_a_multiplier_needs_a_known_learning_rate(here: Site, sdk: AsyncOpenAI) -> None:
+async def test_a_multiplier_needs_a_known_learning_rate(
+    shared: Site, shared_sdk: AsyncOpenAI
+) -> None:
     """A backend that reports no default fails the job; 1.0 is its default, whatever that is."""
     rate: Any = {"learning_rate_multiplier": 2}
-    job = await reached(sdk, (await create(sdk, hyperparameters=rate)).id, "failed")
+    job = await reached(shared_sdk, (await create(shared_sdk, hyperparameters=rate)).id, "failed")
     assert job.error is not None
     assert "does not report its default learning rate" in job.error.message
     rate = {"learning_rate_multiplier": 1.0}
-    await reached(sdk, (await create(sdk, hyperparameters=rate)).id, "running")
+    await reached(shared_sdk, (await create(shared_sdk, hyperparameters=rate)).id, "running")
 
 
 async def test_ids_have_a_prefix_here_and_none_in_the_other_api(

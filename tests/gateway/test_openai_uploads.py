@@ -97,12 +97,12 @@ async def test_parts_may_arrive_in_any_order(here: Site, sdk: AsyncOpenAI) -> No
         assert refused.value.code == "invalid_state"
 
 
-async def test_a_wrong_completion_can_be_corrected(sdk: AsyncOpenAI) -> None:
+async def test_a_wrong_completion_can_be_corrected(shared_sdk: AsyncOpenAI) -> None:
     """Nothing is lost when size, checksum, order or content are not those of the file."""
-    made = await begin(sdk)
-    sent = [(await sdk.uploads.parts.create(made.id, data=data)).id for data in THIRDS]
-    other = await begin(sdk)
-    theirs = (await sdk.uploads.parts.create(other.id, data=THIRDS[0])).id
+    made = await begin(shared_sdk)
+    sent = [(await shared_sdk.uploads.parts.create(made.id, data=data)).id for data in THIRDS]
+    other = await begin(shared_sdk)
+    theirs = (await shared_sdk.uploads.parts.create(other.id, data=THIRDS[0])).id
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"part_ids": sent[:2]}, "500 bytes, and the upload was created for"),
         ({"part_ids": sent, "md5": md5(b"x")}, "invalid md5"),
@@ -112,8 +112,8 @@ async def test_a_wrong_completion_can_be_corrected(sdk: AsyncOpenAI) -> None:
     ]
     for given, message in wrong:
         with pytest.raises(openai.BadRequestError, match=message):
-            await sdk.uploads.complete(made.id, **given)
-    assert (await sdk.uploads.complete(made.id, part_ids=sent)).status == "completed"
+            await shared_sdk.uploads.complete(made.id, **given)
+    assert (await shared_sdk.uploads.complete(made.id, part_ids=sent)).status == "completed"
 
 
 async def test_a_cancelled_upload_keeps_nothing(here: Site, sdk: AsyncOpenAI) -> None:
@@ -153,22 +153,22 @@ async def test_an_upload_expires(tmp_path: Path) -> None:
         assert (await sdk.uploads.cancel(kept.id)).status == "cancelled"
 
 
-async def test_a_repeated_request_makes_nothing_new(sdk: AsyncOpenAI) -> None:
+async def test_a_repeated_request_makes_nothing_new(shared_sdk: AsyncOpenAI) -> None:
     """Known by the client's retry count, or by an idempotency key."""
     again = {"x-stainless-retry-count": "1"}
-    first = await begin(sdk)
-    assert (await begin(sdk, extra_headers=again)).id == first.id
-    assert (await begin(sdk, extra_headers=again, filename="other.jsonl")).id != first.id
-    assert (await begin(sdk)).id != first.id
-    keyed = await begin(sdk, extra_headers={"Idempotency-Key": "k"})
-    assert (await begin(sdk, extra_headers={"Idempotency-Key": "k"})).id == keyed.id
+    first = await begin(shared_sdk)
+    assert (await begin(shared_sdk, extra_headers=again)).id == first.id
+    assert (await begin(shared_sdk, extra_headers=again, filename="other.jsonl")).id != first.id
+    assert (await begin(shared_sdk)).id != first.id
+    keyed = await begin(shared_sdk, extra_headers={"Idempotency-Key": "k"})
+    assert (await begin(shared_sdk, extra_headers={"Idempotency-Key": "k"})).id == keyed.id
     with pytest.raises(openai.BadRequestError) as refused:
-        await begin(sdk, filename="other.jsonl", extra_headers={"Idempotency-Key": "k"})
+        await begin(shared_sdk, filename="other.jsonl", extra_headers={"Idempotency-Key": "k"})
     assert refused.value.code == "idempotency_error"
-    part = await sdk.uploads.parts.create(first.id, data=THIRDS[0])
-    repeated = await sdk.uploads.parts.create(first.id, data=THIRDS[0], extra_headers=again)
+    part = await shared_sdk.uploads.parts.create(first.id, data=THIRDS[0])
+    repeated = await shared_sdk.uploads.parts.create(first.id, data=THIRDS[0], extra_headers=again)
     assert repeated.id == part.id
-    assert (await sdk.uploads.parts.create(first.id, data=THIRDS[0])).id != part.id
+    assert (await shared_sdk.uploads.parts.create(first.id, data=THIRDS[0])).id != part.id
 
 
 async def test_limits_and_errors(tmp_path: Path) -> None:

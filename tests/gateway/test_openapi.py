@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tests.effort import is_thorough
-from tests.gateway.conftest import KEY, openai_client, site
+from tests.gateway.conftest import KEY, openai_client, shared_site
 from training_backends.gateway.app import create_app
 from training_backends.gateway.routes_files import files_router, links_router
 from training_backends.gateway.routes_jobs import jobs_router
@@ -72,9 +72,9 @@ class Filled:
 
 
 @asynccontextmanager
-async def filled(home: Path) -> AsyncIterator[Filled]:
+async def filled(factory: pytest.TempPathFactory) -> AsyncIterator[Filled]:
     """Open a gateway with a file, a finished job and one that waits."""
-    async with site(home) as here:
+    async with shared_site(factory) as here:
         file_id = await here.upload()
         done = await here.finished(files=[file_id])
         await here.create(files=[file_id], suffix="waits")
@@ -99,7 +99,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Filled]:
     """A gateway that lives as long as this module's tests."""
     with (
         start_blocking_portal("asyncio") as portal,
-        portal.wrap_async_context_manager(filled(tmp_path_factory.mktemp("gateway"))) as opened,
+        portal.wrap_async_context_manager(filled(tmp_path_factory)) as opened,
     ):
         yield opened
 

@@ -55,11 +55,11 @@ async def trained(here: Site, directory: Path) -> str:
 
 
 async def test_an_archive_holds_every_file_and_names_its_digest(
-    here: Site, directory: Path
+    shared: Site, directory: Path
 ) -> None:
     """Any tar reads it; a link to a file elsewhere is left out."""
     (directory / "link").symlink_to("/etc/hostname")
-    answer = await here.http.get(await trained(here, directory))
+    answer = await shared.http.get(await trained(shared, directory))
     assert (answer.status_code, answer.headers["content-type"]) == (200, "application/x-tar")
     assert int(answer.headers["content-length"]) == len(answer.content)
     digest = hashlib.sha256(answer.content).digest()
@@ -73,23 +73,23 @@ async def test_an_archive_holds_every_file_and_names_its_digest(
     assert found == FILES
 
 
-async def test_a_download_is_in_the_audit_log(here: Site, directory: Path) -> None:
+async def test_a_download_is_in_the_audit_log(shared: Site, directory: Path) -> None:
     """Weights are worth as much as the data that they learned from."""
-    path = await trained(here, directory)
-    await here.http.get(path)
-    log = AuditLog(here.served.gateway.store)
+    path = await trained(shared, directory)
+    await shared.http.get(path)
+    log = AuditLog(shared.served.gateway.store)
     found = await anyio.to_thread.run_sync(lambda: [*log.entries()])
     assert (found[-1]["action"], found[-1]["target"]) == ("weights.download", path.split("/")[3])
 
 
-async def test_ranges_are_parts_of_the_archive(here: Site, directory: Path) -> None:
+async def test_ranges_are_parts_of_the_archive(shared: Site, directory: Path) -> None:
     """As long as the content is the same; a range behind the end is 416."""
-    path = await trained(here, directory)
-    whole = await here.http.get(path)
+    path = await trained(shared, directory)
+    whole = await shared.http.get(path)
     size, tag = len(whole.content), whole.headers["etag"]
 
     async def part(text: str, **headers: str) -> httpx.Response:
-        return await here.http.get(path, headers={"range": text, **headers})
+        return await shared.http.get(path, headers={"range": text, **headers})
 
     for text, start, stop in (
         ("bytes=0-0", 0, 1),
@@ -105,7 +105,7 @@ async def test_ranges_are_parts_of_the_archive(here: Site, directory: Path) -> N
     behind = await part(f"bytes={size}-")
     assert (behind.status_code, behind.headers["content-range"]) == (416, f"bytes */{size}")
     for headers in ({"range": "bytes=1-2", "if-range": '"other"'}, {"range": "bytes=1-2,4-5"}):
-        answer = await here.http.get(path, headers=headers)
+        answer = await shared.http.get(path, headers=headers)
         assert (answer.status_code, len(answer.content)) == (200, size)
 
 
@@ -115,15 +115,15 @@ def test_a_range_that_is_none_is_ignored(text: str) -> None:
     assert read_range(text, 100) is None
 
 
-async def test_who_may_not_have_weights(here: Site, directory: Path) -> None:
+async def test_who_may_not_have_weights(shared: Site, directory: Path) -> None:
     """Keys of another project, keys that only read, and models that have none."""
-    path = await trained(here, directory)
-    keys = here.served.gateway.keys
+    path = await trained(shared, directory)
+    keys = shared.served.gateway.keys
 
     async def ask(asked: str, **key: str) -> httpx.Response:
         made = await anyio.to_thread.run_sync(lambda: keys.create(**key))  # type: ignore[arg-type]
         bearer = f"Bearer {made.key.get_secret_value()}"
-        return await here.http.get(asked, headers={"authorization": bearer})
+        return await shared.http.get(asked, headers={"authorization": bearer})
 
     assert (await ask(path)).status_code == 200
     assert (await ask(path, project="other")).status_code == 404
@@ -132,7 +132,7 @@ async def test_who_may_not_have_weights(here: Site, directory: Path) -> None:
     base = await ask("/v1/models/tiny-mistral/weights")
     assert (base.status_code, "base model" in base.text) == (403, True)
     assert (await ask("/v1/models/none/weights")).status_code == 404
-    await here.http.delete(path.removesuffix("/weights"))
+    await shared.http.delete(path.removesuffix("/weights"))
     assert (await ask(path)).status_code == 404
 
 
