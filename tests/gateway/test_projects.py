@@ -1,6 +1,8 @@
 """Projects: what one key makes does not exist for the keys of other projects."""
 
 import re
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -8,7 +10,7 @@ import httpx
 import pytest
 from anyio import to_thread
 
-from tests.gateway.conftest import ROWS, Site, jsonl
+from tests.gateway.conftest import NOBODY, ROWS, Site, jsonl
 from training_backends.core.errors import Issue
 from training_backends.core.run import ValidationReport
 from training_backends.gateway.app import create_app
@@ -19,6 +21,15 @@ pytestmark = pytest.mark.anyio
 
 JOBS = "/v1/fine_tuning/jobs"
 LISTS = ("/v1/files", JOBS, "/v1/models")
+
+
+@pytest.fixture
+async def keyed(shared: Site) -> AsyncIterator[Site]:
+    """The gateway that several tests ask, and a client that may take any key."""
+    async with httpx.AsyncClient(
+        base_url=shared.served.url, headers=shared.http.headers, timeout=30, verify=NOBODY
+    ) as http:
+        yield replace(shared, http=http)
 
 
 async def key(here: Site, project: str, scope: Scope = "write") -> dict[str, str]:
@@ -92,17 +103,17 @@ async def test_what_another_project_owns_is_answered_as_if_it_did_not_exist(here
 @pytest.mark.parametrize("query", ["", "?dry_run=true"])
 @pytest.mark.parametrize("role", ["training_files", "validation_files"])
 async def test_a_job_cannot_use_the_files_of_another_project(
-    here: Site, query: str, role: str
+    keyed: Site, query: str, role: str
 ) -> None:
     """The error is that of an unknown file, for admin keys too."""
-    foreign = (await owned(here, "one"))["file_id"]
+    foreign = (await owned(keyed, "one"))["file_id"]
     for scope in ("write", "admin"):
-        await enter(here, "two", scope)
+        await enter(keyed, "two", scope)
         answers = []
         for file_id in (foreign, str(uuid4())):
-            files = {"training_files": [await here.upload()], role: [file_id]}
+            files = {"training_files": [await keyed.upload()], role: [file_id]}
             body = {"model": "tiny-mistral", "hyperparameters": {}, **files}
-            answers.append(comparable(await here.http.post(JOBS + query, json=body)))
+            answers.append(comparable(await keyed.http.post(JOBS + query, json=body)))
         assert answers[0] == answers[1]
         assert answers[0][0] == 422
         assert "file_not_found" in answers[0][1]
@@ -175,14 +186,14 @@ async def test_similar_jobs_of_two_projects_are_not_in_each_others_way(here: Sit
             assert ([entry["id"] for entry in page["data"]], page["total"]) == ([job["id"]], 1)
 
 
-async def test_a_signed_link_stands_for_its_file(here: Site) -> None:
+async def test_a_signed_link_stands_for_its_file(keyed: Site) -> None:
     """Created by a key that sees the file, it works without a key until the file is deleted."""
-    mine = await owned(here, "one")
+    mine = await owned(keyed, "one")
     path = f"/v1/files/{mine['file_id']}"
-    url = (await here.http.get(f"{path}/url")).json()["url"]
-    async with httpx.AsyncClient() as anybody:
+    url = (await keyed.http.get(f"{path}/url")).json()["url"]
+    async with httpx.AsyncClient(verify=NOBODY) as anybody:
         assert (await anybody.get(url)).content == jsonl()
-        await here.http.delete(path)
+        await keyed.http.delete(path)
         assert (await anybody.get(url)).status_code == 404
 
 
@@ -213,28 +224,28 @@ async def test_a_failed_run_names_files_as_the_client_does(here: Site) -> None:
 
 
 async def test_a_dry_run_names_no_other_project_s_job(
-    here: Site, monkeypatch: pytest.MonkeyPatch
+    keyed: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A backend may say on which earlier run its numbers rest."""
-    foreign = (await owned(here, "one"))["job_id"]
-    estimate = here.backend.estimate
+    foreign = (await owned(keyed, "one"))["job_id"]
+    estimate = keyed.backend.estimate
 
     async def resting_on_a_run(*args: Any) -> Any:
         found = await estimate(*args)
         notes = (f"The duration rests on run {foreign}.", "It is free.")
         return found.model_copy(update={"notes": notes})
 
-    monkeypatch.setattr(here.backend, "estimate", resting_on_a_run)
-    await enter(here, "two")
-    files = [await here.upload()]
+    monkeypatch.setattr(keyed.backend, "estimate", resting_on_a_run)
+    await enter(keyed, "two")
+    files = [await keyed.upload()]
     body = {"model": "tiny-mistral", "hyperparameters": {}, "training_files": files}
-    answer = (await here.http.post(f"{JOBS}?dry_run=true", json=body)).json()
+    answer = (await keyed.http.post(f"{JOBS}?dry_run=true", json=body)).json()
     assert answer["details"] == "It is free."
 
 
-async def test_a_private_file_is_rejected_instead_of_shown_to_the_project(here: Site) -> None:
+async def test_a_private_file_is_rejected_instead_of_shown_to_the_project(keyed: Site) -> None:
     """The answer says what to do."""
-    answer = await here.http.post(
+    answer = await keyed.http.post(
         "/v1/files", files={"file": ("a.jsonl", jsonl(ROWS))}, data={"visibility": "user"}
     )
     assert answer.status_code == 422
@@ -242,11 +253,11 @@ async def test_a_private_file_is_rejected_instead_of_shown_to_the_project(here: 
     assert "project" in answer.json()["detail"][0]["msg"]
 
 
-async def test_a_model_says_which_project_it_belongs_to(here: Site) -> None:
+async def test_a_model_says_which_project_it_belongs_to(keyed: Site) -> None:
     """The protocol's workspace is the project."""
-    mine = await owned(here, "one")
+    mine = await owned(keyed, "one")
     path = f"/v1/fine_tuning/models/{mine['model_id']}"
-    assert (await here.http.patch(path, json={})).json()["workspace_id"] == "one"
+    assert (await keyed.http.patch(path, json={})).json()["workspace_id"] == "one"
 
 
 def test_a_principal_without_a_project_is_of_the_default_one() -> None:
