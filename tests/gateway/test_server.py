@@ -73,6 +73,16 @@ async def test_an_error_of_the_block_arrives_as_it_is(tmp_path: Path) -> None:
             raise ConfigError("mine")
 
 
+async def test_a_gateway_that_was_cancelled_leaves_room_for_another(tmp_path: Path) -> None:
+    """In the same event loop, whose next socket has the number of the closed one."""
+    for name in ("first", "second"):
+        with anyio.CancelScope() as scope:
+            async with site(tmp_path / name) as opened:
+                answer = await opened.http.get("/health", timeout=5)
+                assert answer.status_code == 200
+                scope.cancel()
+
+
 async def test_what_is_not_there_is_answered_in_json(shared: Site) -> None:
     """Unknown paths and methods too, each with an id to ask about."""
     answer = await shared.http.get("/v1/nothing")

@@ -433,6 +433,14 @@ class _Server(uvicorn.Server):
         """Do not capture signals."""
         yield
 
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().serve(sockets)
+        finally:
+            # If cancelled, the event loop would go on to watch the number of a closed socket.
+            for server in getattr(self, "servers", ()):
+                server.close()
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.is_listening.set()
