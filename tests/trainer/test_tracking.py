@@ -95,7 +95,14 @@ def start(trainer: Trainer) -> Iterator[Start]:
     started: list[subprocess.Popen[bytes]] = []
 
     def start(run: RunDir) -> "subprocess.Popen[bytes]":
-        command = [trainer.python, "-P", "-m", "training_backends.trainer", "track", str(run.path)]
+        command = [
+            str(trainer.python),
+            "-P",
+            "-m",
+            "training_backends.trainer",
+            "track",
+            str(run.path),
+        ]
         process = subprocess.Popen(command, stdin=subprocess.PIPE)
         started.append(process)
         assert process.stdin is not None
