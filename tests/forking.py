@@ -5,10 +5,11 @@ streams, the directory and the environment of the caller. Not for what libraries
 environment when they are loaded, such as the address of the Hub, nor for 4-bit models.
 
 A `Trainer` has torch loaded, for the trainer's commands and for `-c`. What it starts outlives its
-caller, except the processes of a group, each of which is killed with its caller. A `Program` has
-the command line loaded, for `-m` and for scripts. What it starts gets its caller's Ctrl-C and
-SIGTERM, and is killed with it. It is no child of the caller's, though, nor in its session: tests of
-those use a process of their own.
+caller, except one process of several and the reports to trackers, which are killed with it. A
+`Program` has the command line loaded, for `-m`, `-c` and scripts. What it starts gets its caller's
+Ctrl-C and SIGTERM, and is killed with it. It is no child of the caller's, though, nor in its
+session, and has none of its other descriptors: tests of those use a process of their own. So do
+tests of how the command line ends; only `-c` ends as the interpreter does.
 """
 
 import json
@@ -244,7 +245,8 @@ def answer(connection: socket.socket) -> None:
         if not ended.is_set():
             os.kill(child, signal.SIGKILL)
 
-    if asked["arguments"][0] == "--attached" or asked["arguments"][:4] == [*TRAINER, "work"]:
+    first, *others = asked["arguments"]
+    if first == "--attached" or {"work", "track"}.intersection(others[2:3]):
         threading.Thread(target=follow_caller, daemon=True).start()
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     ended.set()
@@ -299,7 +301,7 @@ def run(arguments: list[str]) -> int:
 
 
 def start_program(arguments: list[str]) -> None:
-    """Run a module or a script with what an interpreter takes from its environment."""
+    """Run a module, code or a script with what an interpreter takes from its environment."""
     import runpy  # noqa: PLC0415
     import tempfile  # noqa: PLC0415
     import warnings  # noqa: PLC0415
@@ -324,9 +326,31 @@ def start_program(arguments: list[str]) -> None:
         sys.path.insert(0, "")
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    elif arguments[0] == "-c":
+        sys.path.insert(0, "")
+        sys.argv = ["-c", *arguments[2:]]
+        run_code(arguments[1])
     else:
         sys.argv = arguments
         runpy.run_path(arguments[0], run_name="__main__")
+
+
+def run_code(code: str) -> None:
+    """Run code as the main module, and end as the interpreter does: threads, objects, streams."""
+    import ctypes  # noqa: PLC0415
+    import traceback  # noqa: PLC0415
+    from types import ModuleType  # noqa: PLC0415
+
+    sys.modules["__main__"] = ModuleType("__main__")
+    status = 0
+    try:
+        exec(compile(code, "<string>", "exec"), vars(sys.modules["__main__"]))
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    ctypes.pythonapi.Py_Exit(status)
 
 
 def call(address: str, arguments: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.forking import Program
 from tests.waiting import wait_until
 from training_backends import (
     AsyncTrainingClient,
@@ -230,14 +231,17 @@ sys.exit(4)
     ],
     ids=["unused", "used", "exception", "exit", "in a class", "in a log", "call under way"],
 )
-def test_an_open_client_lets_the_interpreter_end(train_file: Path, end: str, code: int) -> None:
+def test_an_open_client_lets_the_interpreter_end(
+    train_file: Path, program: Program, end: str, code: int
+) -> None:
     """A script or a task that does not come to `close` ends with its own exit code."""
-    done = _python(train_file.parent, SCRIPT + end)
+    python = sys.executable if end == CALL_UNDER_WAY else program.python
+    done = _python(train_file.parent, SCRIPT + end, python)
     assert done.returncode == code, done.stderr
     assert ("Traceback" in done.stderr) == (code == 1)
 
 
-def test_a_client_inherited_over_fork_raises(train_file: Path) -> None:
+def test_a_client_inherited_over_fork_raises(train_file: Path, program: Program) -> None:
     """The child is told to make its own, which works; the parent's is not harmed."""
     script = (
         SCRIPT
@@ -257,16 +261,16 @@ _, status = os.waitpid(pid, 0)
 print(os.waitstatus_to_exitcode(status), client.list())
 """
     )
-    done = _python(train_file.parent, script)
+    done = _python(train_file.parent, script, program.python)
     lines = done.stdout.splitlines()
     assert "forked after it was created" in lines[0]
     assert "Create a new TrainingClient" in lines[0]
     assert lines[1:] == ["[]", "7 []"]
 
 
-def _python(directory: Path, script: str) -> "subprocess.CompletedProcess[str]":
+def _python(directory: Path, script: str, python: str | Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-c", script],
+        [python, "-c", script],
         capture_output=True,
         text=True,
         cwd=directory,

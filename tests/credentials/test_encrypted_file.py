@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from tests.forking import Program
 from training_backends import ConfigError, CredentialNotFound, VaultLocked
 from training_backends.credentials.choice import CredentialSettings
 from training_backends.credentials.vault import CredentialVault
@@ -302,10 +303,12 @@ anyio.run(main)
 """
 
 
-def start_writer(home: Path, password_file: Path, name: str, secrets: int) -> Writer:
+def start_writer(
+    program: Program, home: Path, password_file: Path, name: str, secrets: int
+) -> Writer:
     """Start a process that is ready to store secrets, one after the other."""
     writer = subprocess.Popen(
-        [sys.executable, "-c", WRITER, home, password_file, name, str(secrets)],
+        [program.python, "-c", WRITER, home, password_file, name, str(secrets)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -316,10 +319,10 @@ def start_writer(home: Path, password_file: Path, name: str, secrets: int) -> Wr
 
 
 async def test_processes_that_write_at_once_lose_nothing(
-    make: MakeVault, password_file: Path, home: Path
+    make: MakeVault, password_file: Path, home: Path, program: Program
 ) -> None:
     """The first of them make the file at the same moment."""
-    writers = [start_writer(home, password_file, f"writer{one}", 3) for one in range(3)]
+    writers = [start_writer(program, home, password_file, f"writer{one}", 3) for one in range(3)]
     for writer in writers:
         assert writer.stdin
         writer.stdin.write("go\n")
@@ -336,11 +339,11 @@ async def test_processes_that_write_at_once_lose_nothing(
 
 
 async def test_a_writer_that_is_killed_leaves_the_file_whole(
-    make: MakeVault, password_file: Path, home: Path
+    make: MakeVault, password_file: Path, home: Path, program: Program
 ) -> None:
     """What was stored until then is there, and the next writer finds the way free."""
     for one in range(2):
-        writer = start_writer(home, password_file, f"writer{one}", 1000)
+        writer = start_writer(program, home, password_file, f"writer{one}", 1000)
         assert writer.stdin
         assert writer.stdout
         writer.stdin.write("go\n")

@@ -18,6 +18,7 @@ from keyring.backends.chainer import ChainerBackend
 from keyring.errors import KeyringLocked, PasswordDeleteError
 from pydantic import SecretStr
 
+from tests.forking import Program
 from tests.waiting import until, wait_until
 from training_backends import (
     ConfigError,
@@ -527,12 +528,12 @@ anyio.run(main)
 """
 
 
-def ask(tmp_path: Path, **environment: str) -> list[str]:
+def ask(program: Program, tmp_path: Path, **environment: str) -> list[str]:
     """Ask a vault of another process, in a session without a bus."""
     (tmp_path / "runtime").mkdir()
     taken = ("PYTHON_KEYRING_BACKEND", "DBUS_SESSION_BUS_ADDRESS", "DISPLAY")
     done = subprocess.run(
-        [sys.executable, "-c", ASK],
+        [program.python, "-c", ASK],
         env={
             **{name: value for name, value in os.environ.items() if name not in taken},
             "HOME": str(tmp_path),
@@ -616,21 +617,21 @@ class Keyring(KeyringBackend):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems always have a keyring")
-def test_without_a_bus_there_is_no_keyring(tmp_path: Path) -> None:
+def test_without_a_bus_there_is_no_keyring(tmp_path: Path, program: Program) -> None:
     """A key is then missing, not locked; storing one says what to do."""
-    first, second = ask(tmp_path)
+    first, second = ask(program, tmp_path)
     assert first.startswith("CredentialNotFound: No API key for mistral")
     assert second.startswith("VaultLocked: This machine has no keyring")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems always have a keyring")
 def test_a_keyring_that_just_happens_to_be_installed_is_nobodys_choice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: Program
 ) -> None:
     """The only one there would ask for a password in the middle of a program."""
     monkeypatch.chdir(tmp_path)
     site = install(tmp_path, "surprise", ASKING)
-    first, second = ask(tmp_path, PYTHONPATH=site)
+    first, second = ask(program, tmp_path, PYTHONPATH=site)
     assert first.startswith("CredentialNotFound")
     assert second.startswith("VaultLocked: This machine has no keyring")
     assert not (tmp_path / "asked").exists()
@@ -645,18 +646,18 @@ def test_a_keyring_that_just_happens_to_be_installed_is_nobodys_choice(
     ],
 )
 def test_a_keyring_that_was_named_and_is_not_there_is_told(
-    tmp_path: Path, named: str, word: str
+    tmp_path: Path, named: str, word: str, program: Program
 ) -> None:
     """Another one is not quietly taken instead."""
-    for line in ask(tmp_path, PYTHON_KEYRING_BACKEND=named):
+    for line in ask(program, tmp_path, PYTHON_KEYRING_BACKEND=named):
         assert line.startswith(f"VaultLocked: Cannot load the keyring {named}")
         assert word in line
 
 
-def test_a_broken_keyring_library_is_told(tmp_path: Path) -> None:
+def test_a_broken_keyring_library_is_told(tmp_path: Path, program: Program) -> None:
     """It cannot be imported: the error says so and is no traceback."""
     site = install(tmp_path, "keyring", "raise ImportError('built for another machine')")
-    for line in ask(tmp_path, PYTHONPATH=site):
+    for line in ask(program, tmp_path, PYTHONPATH=site):
         assert line.startswith("VaultLocked: Cannot load the keyring library")
         assert "built for another machine" in line
 

@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.effort import is_thorough
+from tests.forking import Program
 from tests.postgres import Postgres
 from tests.store import crashing
 from tests.store.conftest import MakeRun, version_1
@@ -45,7 +45,7 @@ def places(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_whenever_it_is_killed_a_store_holds_what_was_done_and_nothing_half_done(
-    tmp_path: Path, make_run: MakeRun, places: str
+    tmp_path: Path, make_run: MakeRun, places: str, program: Program
 ) -> None:
     """Between any two statements, within any call, and while an old store becomes a new one."""
     run, old = make_run("r", created_at=crashing.AT), make_run("old")
@@ -57,7 +57,7 @@ def test_whenever_it_is_killed_a_store_holds_what_was_done_and_nothing_half_done
     # Both kinds of stores are killed at points of their own, unless there is time for all.
     first, apart = (0, 1) if is_thorough() else (int(places.startswith("sqlite")) * 10, 20)
     points = (str(first), str(apart))
-    subprocess.run([sys.executable, crashing.__file__, tmp_path, places, *points], check=True)
+    subprocess.run([program.python, crashing.__file__, tmp_path, places, *points], check=True)
 
     killed = sorted(tmp_path.glob("*.done"))
     assert len(killed) > 16 + 90 // apart
