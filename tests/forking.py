@@ -5,11 +5,11 @@ streams, the directory and the environment of the caller. Not for what libraries
 environment when they are loaded, such as the address of the Hub, nor for 4-bit models.
 
 A `Trainer` has torch loaded, for the trainer's commands and for `-c`. What it starts outlives its
-caller, except one process of several and the reports to trackers, which are killed with it. A
-`Program` has the command line loaded, for `-m`, `-c` and scripts. What it starts gets its caller's
-Ctrl-C and SIGTERM, and is killed with it. It is no child of the caller's, though, nor in its
-session, and has none of its other descriptors: tests of those use a process of their own. So do
-tests of how the command line ends; only `-c` ends as the interpreter does.
+caller, except the processes of a group, each of which is killed with its caller. A `Program` has
+the command line loaded, for `-m`, `-c` and scripts. What it starts gets its caller's Ctrl-C and
+SIGTERM, and is killed with it. It is no child of the caller's, though, nor in its session, and has
+none of its other descriptors: tests of those use a process of their own. So do tests of how the
+command line ends; only `-c` ends as the interpreter does.
 """
 
 import json
@@ -245,8 +245,7 @@ def answer(connection: socket.socket) -> None:
         if not ended.is_set():
             os.kill(child, signal.SIGKILL)
 
-    first, *others = asked["arguments"]
-    if first == "--attached" or {"work", "track"}.intersection(others[2:3]):
+    if asked["arguments"][0] == "--attached" or asked["arguments"][:4] == [*TRAINER, "work"]:
         threading.Thread(target=follow_caller, daemon=True).start()
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     ended.set()

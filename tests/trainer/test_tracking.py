@@ -18,7 +18,6 @@ import yaml
 from openai import OpenAI
 from pydantic import ValidationError
 
-from tests.forking import Trainer
 from tests.pages import code_blocks
 from tests.receiver import Receiver
 from tests.waiting import wait_until
@@ -90,19 +89,12 @@ Start = Callable[..., "subprocess.Popen[bytes]"]
 
 
 @pytest.fixture
-def start(trainer: Trainer) -> Iterator[Start]:
+def start() -> Iterator[Start]:
     """Start the process; it is given the secret as the trainer gives it."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(run: RunDir) -> "subprocess.Popen[bytes]":
-        command = [
-            str(trainer.python),
-            "-P",
-            "-m",
-            "training_backends.trainer",
-            "track",
-            str(run.path),
-        ]
+        command = [sys.executable, "-P", "-m", "training_backends.trainer", "track", str(run.path)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE)
         started.append(process)
         assert process.stdin is not None
