@@ -229,6 +229,7 @@ def test_summaries_fit_on_a_line(run: Run, words: str) -> None:
 def test_help_fits_the_terminal(run: Run, words: str) -> None:
     """Each command explains itself at 80 columns."""
     lines = run(*words.split(), "--help", COLUMNS="80").out.splitlines()
+    assert "[[" not in lines[0], "an optional argument is put in brackets twice"
     assert lines[2].endswith((".", ",")) or lines[3]
     assert max(map(len, lines)) <= 80
 

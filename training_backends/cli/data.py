@@ -39,7 +39,7 @@ def inspect(
     files: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FILE]...",
+            metavar="FILE",
             help="Files, glob patterns, directories, URLs, or - for stdin.",
             show_default=False,
         ),

@@ -606,7 +606,7 @@ def delete(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RUN]...",
+            metavar="RUN",
             help="Run ids (prefixes are not accepted).",
             autocompletion=complete_run,
         ),
