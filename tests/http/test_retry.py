@@ -24,7 +24,7 @@ def test_waits_grow_within_full_jitter() -> None:
         bounds.append(high)
         return high
 
-    rule = RetryRule(repeatable=True, attempts=12, patience=1e6, jitter=jitter)
+    rule = RetryRule(retry_pause=0.5, repeatable=True, attempts=12, patience=1e6, jitter=jitter)
     waits = [rule.wait for _ in range(11) if rule(BUSY)]
     assert waits == bounds
     assert bounds[:4] == [0.5, 1.0, 2.0, 4.0]
@@ -34,7 +34,9 @@ def test_waits_grow_within_full_jitter() -> None:
 
 def test_told_pause_is_the_least() -> None:
     """What the server asked for is waited, and the jitter comes on top."""
-    rule = RetryRule(repeatable=True, attempts=3, patience=60, jitter=lambda _, high: high)
+    rule = RetryRule(
+        retry_pause=0.5, repeatable=True, attempts=3, patience=60, jitter=lambda _, high: high
+    )
     rule.retry_after = 7.0
     assert rule(RateLimited("slow"))
     assert rule.wait == 7.5
@@ -42,10 +44,15 @@ def test_told_pause_is_the_least() -> None:
 
 def test_patience_bounds_the_pause() -> None:
     """Pauses that would together outlast the patience end the attempts."""
-    rule = RetryRule(repeatable=True, attempts=9, patience=5, retry_after=6.0)
+    rule = RetryRule(retry_pause=0.5, repeatable=True, attempts=9, patience=5, retry_after=6.0)
     assert rule(BUSY) is False
     rule = RetryRule(
-        repeatable=True, attempts=9, patience=5, retry_after=2.0, jitter=lambda *_: 0.0
+        retry_pause=0.5,
+        repeatable=True,
+        attempts=9,
+        patience=5,
+        retry_after=2.0,
+        jitter=lambda *_: 0.0,
     )
     assert [rule(BUSY) for _ in range(3)] == [True, True, False]
 
@@ -53,7 +60,9 @@ def test_patience_bounds_the_pause() -> None:
 def test_deadline_bounds_the_pause() -> None:
     """An attempt that could only begin when the call must be over is not made."""
     soon = time.monotonic() + 5
-    rule = RetryRule(repeatable=True, attempts=9, patience=60, latest=soon, retry_after=6.0)
+    rule = RetryRule(
+        retry_pause=0.5, repeatable=True, attempts=9, patience=60, latest=soon, retry_after=6.0
+    )
     assert rule(BUSY) is False
     rule.retry_after = 1.0
     assert rule(BUSY) is True
@@ -61,7 +70,7 @@ def test_deadline_bounds_the_pause() -> None:
 
 def test_long_attempts_do_not_use_up_the_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """After an attempt that hung for longer than all pauses may take, there is another."""
-    rule = RetryRule(repeatable=True, attempts=3, patience=5)
+    rule = RetryRule(retry_pause=0.5, repeatable=True, attempts=3, patience=5)
     later = time.monotonic() + 1000
     monkeypatch.setattr(time, "monotonic", lambda: later)
     assert rule(BUSY) is True
@@ -81,7 +90,7 @@ def test_long_attempts_do_not_use_up_the_patience(monkeypatch: pytest.MonkeyPatc
 )
 def test_only_lawful_requests_are_repeated(error: Exception, repeatable: bool, again: bool) -> None:
     """What may have changed something is repeated only where that does no harm."""
-    rule = RetryRule(repeatable=repeatable, attempts=9, patience=60)
+    rule = RetryRule(retry_pause=0.5, repeatable=repeatable, attempts=9, patience=60)
     assert (rule(error) is not False) is again
 
 

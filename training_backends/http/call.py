@@ -111,7 +111,7 @@ class Call:
         self._retries = RetryRule(
             repeatable=repeatable,
             attempts=policy.attempts,
-            first_pause=policy.retry_pause,
+            retry_pause=policy.retry_pause,
             patience=policy.call_timeout,
             latest=self._latest,
         )

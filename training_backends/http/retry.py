@@ -46,7 +46,8 @@ class RetryRule:
     Attributes:
         repeatable: Whether the request is safe to repeat.
         attempts: Maximum number of attempts.
-        first_pause: Longest pause in seconds before the second attempt; it doubles each time.
+        retry_pause: Longest pause in seconds before the second attempt; it doubles with each
+            further one.
         patience: Maximum sum of all pauses in seconds. Attempts do not count, so that one that
             hung does not prevent a retry.
         latest: Deadline of the call, in the time of `time.monotonic`.
@@ -57,7 +58,7 @@ class RetryRule:
     repeatable: bool
     attempts: int
     patience: float
-    first_pause: InitVar[float] = 0.5
+    retry_pause: InitVar[float]
     latest: float = math.inf
     jitter: Callable[[float, float], float] = field(default=SystemRandom().uniform)
     retry_after: float | None = None
@@ -66,8 +67,8 @@ class RetryRule:
     _tried: int = 0
     _waited: float = 0.0
 
-    def __post_init__(self, first_pause: float) -> None:
-        self._backoff = Backoff(first_pause, _LONGEST_WAIT)
+    def __post_init__(self, retry_pause: float) -> None:
+        self._backoff = Backoff(retry_pause, _LONGEST_WAIT)
 
     def __call__(self, error: BaseException) -> bool:
         """Return whether to retry after a failed attempt, and set `wait`."""
