@@ -41,6 +41,7 @@ class TinySubject(LoopbackSubject):
         settings = TinySettings(
             base_url=self.openai.url,
             attempts=2,
+            retry_pause=0.01,
             read_timeout=0.2,
             settle_timeout=0.05,
             poll_min=0.01,
