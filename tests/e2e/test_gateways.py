@@ -18,7 +18,7 @@ PROXIES = ("/usr/sbin/haproxy", "/usr/sbin/nginx")
 def test_nothing_accepted_is_lost_or_doubled_while_gateways_are_killed() -> None:
     """Three gateways on one PostgreSQL server, one of them killed every few seconds."""
     done = subprocess.run(
-        [sys.executable, str(BENCH), "--seconds", "6", "--every", "2", "--clients", "4"],
+        [sys.executable, str(BENCH), "--seconds", "9", "--every", "3", "--clients", "4"],
         capture_output=True,
         text=True,
         timeout=110,
