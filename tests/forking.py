@@ -71,13 +71,12 @@ class ForkServer:
             listener.listen()
             here.python.write_text(f'#!/bin/sh\nexec {shlex.join(here._words)} "$@"\n')
             here.python.chmod(0o755)
-            server = subprocess.Popen(
+            with subprocess.Popen(
                 [sys.executable, "-P", __file__, "--serve", str(listener.fileno()), cls.loads],
-                stdin=subprocess.PIPE,
+                stdin=subprocess.PIPE,  # ends it when closed
                 pass_fds=[listener.fileno()],
-            )
-            yield here.address
-            server.communicate()
+            ):
+                yield here.address
 
     @property
     def python(self) -> "Path":
@@ -257,6 +256,7 @@ def answer(connection: socket.socket) -> None:
 def become(asked: Mapping[str, object], streams: Sequence[int]) -> None:
     """Be the process of a request, to its end."""
     import atexit  # noqa: PLC0415
+    import ctypes  # noqa: PLC0415
     import traceback  # noqa: PLC0415
 
     code = 1
@@ -274,6 +274,8 @@ def become(asked: Mapping[str, object], streams: Sequence[int]) -> None:
     except BaseException:  # as the interpreter does
         traceback.print_exc()
     finally:
+        if asked["arguments"][:2] == ["--attached", "-c"]:  # type: ignore[index]
+            ctypes.pythonapi.Py_Exit(code)  # as the interpreter ends: threads, objects, streams
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -304,6 +306,7 @@ def start_program(arguments: list[str]) -> None:
     import runpy  # noqa: PLC0415
     import tempfile  # noqa: PLC0415
     import warnings  # noqa: PLC0415
+    from types import ModuleType  # noqa: PLC0415
 
     unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
@@ -328,28 +331,11 @@ def start_program(arguments: list[str]) -> None:
     elif arguments[0] == "-c":
         sys.path.insert(0, "")
         sys.argv = ["-c", *arguments[2:]]
-        run_code(arguments[1])
+        main = sys.modules["__main__"] = ModuleType("__main__")
+        exec(compile(arguments[1], "<string>", "exec"), vars(main))
     else:
         sys.argv = arguments
         runpy.run_path(arguments[0], run_name="__main__")
-
-
-def run_code(code: str) -> None:
-    """Run code as the main module, and end as the interpreter does: threads, objects, streams."""
-    import ctypes  # noqa: PLC0415
-    import traceback  # noqa: PLC0415
-    from types import ModuleType  # noqa: PLC0415
-
-    sys.modules["__main__"] = ModuleType("__main__")
-    status = 0
-    try:
-        exec(compile(code, "<string>", "exec"), vars(sys.modules["__main__"]))
-    except SystemExit as end:
-        status = int(end.code or 0)
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    ctypes.pythonapi.Py_Exit(status)
 
 
 def call(address: str, arguments: Sequence[str]) -> int:
