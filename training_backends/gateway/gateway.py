@@ -348,7 +348,7 @@ async def open_retention(
 
 
 class _Models(NamedTuple):
-    """The models of a gateway, their files and those who answer with them."""
+    """The services of a gateway's models."""
 
     service: ModelService
     weights: WeightService
@@ -368,7 +368,7 @@ def _open_models(
     root: Path,
     interpreter: Interpreter | None = None,
 ) -> _Models:
-    """Open the services of models; `stack` ends the inference servers."""
+    """Open the services of models; `stack` closes them."""
     use = ModelUse(store)
     weights = WeightService(store, client, backend=backend, catalogue=catalogue, use=use, root=root)
     checkpoints = CheckpointModels(

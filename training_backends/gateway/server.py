@@ -416,11 +416,11 @@ class _Listener(socket.socket):
 
 
 class _Server(uvicorn.Server):
-    """A server that the embedding program starts and stops, instead of signals."""
+    """A server that the embedding program stops, not a signal."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        self.is_listening = anyio.Event()
+        self.listening = anyio.Event()
         self._stop_requested = anyio.Event()
 
     def request_stop(self) -> None:
@@ -437,18 +437,19 @@ class _Server(uvicorn.Server):
         try:
             await super().serve(sockets)
         finally:
-            # If cancelled, the event loop would go on to watch the number of a closed socket.
+            # Without this, a cancelled server leaves its socket registered in the event loop, and a
+            # later socket with the same number would never be served.
             for server in getattr(self, "servers", ()):
                 server.close()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self.is_listening.set()
+        self.listening.set()
 
     async def main_loop(self) -> None:
         """Update the date header once a second until asked to stop.
 
-        uvicorn wakes up ten times a second, and stops at the next of them.
+        uvicorn's own looks ten times a second whether it should stop.
         """
         while not await self.on_tick(0):
             with anyio.move_on_after(1):
@@ -533,7 +534,7 @@ async def _serving(
     server = _Server(config)
     async with beside() as tasks:
         tasks.start_soon(server.serve, [listener])
-        await server.is_listening.wait()
+        await server.listening.wait()
         try:
             yield
         finally:
