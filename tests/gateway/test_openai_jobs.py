@@ -81,9 +81,9 @@ async def reached(sdk: AsyncOpenAI, job_id: str, *statuses: str) -> FineTuningJo
 
 
 async def run_of(here: Site, sdk: AsyncOpenAI, job_id: str) -> str:
-    """Return the backend's id of the newest job, once it runs."""
+    """Return the id that the backend gave a job, once it runs."""
     await reached(sdk, job_id, "running")
-    return here.backend.created[-1]
+    return await here.remote_id(own_id(job_id))
 
 
 async def cancelled_by(here: Site, sdk: AsyncOpenAI, job_id: str, remote_id: str) -> None:
