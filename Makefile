@@ -34,7 +34,7 @@ quickstart: $(VENV)/.run ## Train a small model through the whole system, on thi
 # Whole modules, so that their fixtures are made once, in the order that tests/conftest.py chooses.
 BY_MODULE := --dist loadfile --no-loadscope-reorder
 
-# Four processes on two cores, because the tests wait for about half of their time.
+# Four processes even on two cores, because the tests also wait.
 test: $(VENV)/.dev ## Run the tests
 	$(BIN)/pytest -n 4 $(BY_MODULE)
 

@@ -101,7 +101,7 @@ def pytest_collection_finish() -> None:
 def anyio_backend() -> str:
     """Run asynchronous tests on asyncio, the loop that the package runs on.
 
-    What a module's tests share of it keeps one loop open for all of them.
+    An asynchronous fixture that the tests of a module share keeps one loop open for all of them.
     """
     return "asyncio"
 

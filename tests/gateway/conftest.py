@@ -28,8 +28,8 @@ from training_backends.gateway.uploads import BlobStore
 from training_backends.testing.backend import ScriptedBackend
 
 KEY = "a-static-key-for-tests"
-NOBODY = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-"""Trusts nobody: to load the machine's certificates takes 20 to 40 ms for each client."""
+NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""To load those of the machine takes each client 20 to 40 ms."""
 ROWS = [
     {
         "messages": [
@@ -172,7 +172,7 @@ async def site(
             base_url=served.url,
             headers={"authorization": f"Bearer {KEY}"},
             timeout=30,
-            verify=NOBODY,
+            verify=NO_CERTIFICATES,
         ) as http,
     ):
         yield Site(home, backend, http, served)
@@ -219,7 +219,7 @@ async def shared_site(factory: pytest.TempPathFactory, **settings: Any) -> Async
 
 @pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
-    """A gateway with a static key for all tests that change nothing which another one looks at."""
+    """A gateway of the module, for tests that change nothing that another test looks at."""
     async with shared_site(tmp_path_factory) as opened:
         yield opened
 
@@ -231,7 +231,7 @@ async def openai_client(here: Site) -> AsyncIterator[AsyncOpenAI]:
         api_key=KEY,
         base_url=f"{here.served.url}/openai/v1",
         max_retries=0,
-        http_client=DefaultAsyncHttpxClient(verify=NOBODY),
+        http_client=DefaultAsyncHttpxClient(verify=NO_CERTIFICATES),
     ) as client:
         yield client
 

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 from anyio import to_thread
 
-from tests.gateway.conftest import KEY, NOBODY, Site, jsonl, openai_client, site
+from tests.gateway.conftest import KEY, NO_CERTIFICATES, Site, jsonl, openai_client, site
 from tests.waiting import until
 from training_backends.gateway.audit import AuditLog
 from training_backends.store.gateway_schema import audit
@@ -55,7 +55,7 @@ async def test_every_change_and_every_download_is_recorded(here: Site) -> None:
         assert (await here.http.get(path)).status_code == 200
     await here.http.get(f"/v1/files/{file_id}/content")
     link = (await here.http.get(f"/v1/files/{file_id}/url")).json()["url"]
-    async with httpx.AsyncClient(verify=NOBODY) as anybody:
+    async with httpx.AsyncClient(verify=NO_CERTIFICATES) as anybody:
         linked = await anybody.get(link)
     async with openai_client(here) as sdk:
         keyed = sdk.with_options(api_key=key)

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from anyio import to_thread
 
-from tests.gateway.conftest import KEY, NOBODY, ROWS, Site, jsonl, site, trickle
+from tests.gateway.conftest import KEY, NO_CERTIFICATES, ROWS, Site, jsonl, site, trickle
 from tests.waiting import until
 from training_backends.datasets.inspect import inspect_file
 from training_backends.gateway import files
@@ -108,7 +108,7 @@ async def test_a_signed_link_works_without_a_key(shared: Site) -> None:
     """The link alone is enough, and a changed one is not."""
     file_id = await shared.upload()
     url = (await shared.http.get(f"/v1/files/{file_id}/url?expiry=2")).json()["url"]
-    async with httpx.AsyncClient(verify=NOBODY) as anybody:
+    async with httpx.AsyncClient(verify=NO_CERTIFICATES) as anybody:
         assert (await anybody.get(url)).content == CONTENT
         changed = url[:-1] + ("0" if url[-1] != "0" else "1")
         assert (await anybody.get(changed)).status_code == 403

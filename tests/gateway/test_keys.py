@@ -14,7 +14,7 @@ import pytest
 from anyio import to_thread
 from pydantic import SecretStr
 
-from tests.gateway.conftest import KEY, NOBODY, Site, site
+from tests.gateway.conftest import KEY, NO_CERTIFICATES, Site, site
 from tests.waiting import until
 from training_backends.core.errors import ConfigError, CredentialNotFound, StoreError
 from training_backends.core.logging import redact
@@ -302,7 +302,7 @@ def test_the_static_key_stands_beside_the_others(tmp_path: Path) -> None:
 async def test_without_a_valid_key_nothing_is_served(shared: Site, header: str | None) -> None:
     """Whatever the route, and before the body is looked at."""
     headers = [(b"authorization", header.encode("latin-1"))] if header is not None else []
-    async with httpx.AsyncClient(base_url=shared.served.url, verify=NOBODY) as http:
+    async with httpx.AsyncClient(base_url=shared.served.url, verify=NO_CERTIFICATES) as http:
         for method, path in (("GET", "/v1/models"), ("POST", "/v1/files"), ("GET", "/v1/nothing")):
             answer = await http.request(method, path, headers=headers, content=b"{")
             assert (answer.status_code, answer.json()) == (401, {"detail": "Unauthorized"})
@@ -421,7 +421,7 @@ async def test_a_gateway_without_a_static_key_takes_stored_ones_only(tmp_path: P
 
 async def test_health_needs_no_key(shared: Site) -> None:
     """So that a supervisor can ask."""
-    async with httpx.AsyncClient(base_url=shared.served.url, verify=NOBODY) as http:
+    async with httpx.AsyncClient(base_url=shared.served.url, verify=NO_CERTIFICATES) as http:
         answer = await http.get("/health")
     assert (answer.status_code, answer.json()["status"]) == (200, "ok")
     assert json.loads(answer.content)["backend"] == "scripted"

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.buckets import KEYS, Bucket, bucket, s3_server
-from tests.gateway.conftest import NOBODY, ROWS, Site, jsonl, openai_client, site
+from tests.gateway.conftest import NO_CERTIFICATES, ROWS, Site, jsonl, openai_client, site
 from tests.waiting import until
 from training_backends.core.backend import Journal
 from training_backends.core.run import RunState, TrainingRun
@@ -149,7 +149,7 @@ async def test_a_signed_url_is_that_of_the_store(remote: Site, bucket: Bucket) -
     """It needs no key, and keeps the name of the file."""
     file_id = await remote.upload(name="my data.jsonl")
     url = (await remote.http.get(f"/v1/files/{file_id}/url?expiry=2")).json()["url"]
-    async with httpx.AsyncClient(verify=NOBODY) as anybody:
+    async with httpx.AsyncClient(verify=NO_CERTIFICATES) as anybody:
         answer = await anybody.get(url)
     assert url.startswith(bucket.endpoint)
     assert answer.content == jsonl()

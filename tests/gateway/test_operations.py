@@ -13,7 +13,7 @@ import pytest
 from anyio import to_thread
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from tests.gateway.conftest import KEY, NOBODY, Site, jsonl, site
+from tests.gateway.conftest import KEY, NO_CERTIFICATES, Site, jsonl, site
 from tests.waiting import until
 from training_backends.core.backend import Health
 from training_backends.core.errors import BackendUnavailable
@@ -44,7 +44,7 @@ def uncached(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def ready(here: Site) -> tuple[int, str, dict[str, str]]:
     """Ask without a key."""
-    async with httpx.AsyncClient(verify=NOBODY) as anybody:
+    async with httpx.AsyncClient(verify=NO_CERTIFICATES) as anybody:
         answer = await anybody.get(f"{here.served.url}/readyz")
     assert here.home.name not in answer.text
     body = answer.json()
@@ -54,7 +54,7 @@ async def ready(here: Site) -> tuple[int, str, dict[str, str]]:
 async def test_a_gateway_is_ready_when_all_of_its_parts_are(here: Site) -> None:
     """Both answers need no key."""
     assert await ready(here) == (200, "ready", dict.fromkeys(("store", "files", "backend"), "ok"))
-    async with httpx.AsyncClient(verify=NOBODY) as anybody:
+    async with httpx.AsyncClient(verify=NO_CERTIFICATES) as anybody:
         assert (await anybody.get(f"{here.served.url}/healthz")).json() == {"status": "ok"}
 
 
@@ -195,7 +195,7 @@ async def test_metrics_are_not_for_everybody(tmp_path: Path) -> None:
             "write": (403, 200),
             "nobody": (401, 401),
         }
-    async with site(tmp_path) as here, httpx.AsyncClient(verify=NOBODY) as anybody:
+    async with site(tmp_path) as here, httpx.AsyncClient(verify=NO_CERTIFICATES) as anybody:
         assert (await anybody.get(f"{here.served.url}/metrics")).status_code == 401
 
 
@@ -213,7 +213,7 @@ async def test_the_access_log_has_a_line_for_each_request(tmp_path: Path, lines:
     async with site(tmp_path, access_log=True) as here:
         file_id = await here.upload()
         url = (await here.http.get(f"/v1/files/{file_id}/url")).json()["url"]
-        async with httpx.AsyncClient(verify=NOBODY) as anybody:
+        async with httpx.AsyncClient(verify=NO_CERTIFICATES) as anybody:
             content = await anybody.get(url)
             await anybody.get(f"{here.served.url}/v1/models?api_key=hidden")
     found = lines()
@@ -274,7 +274,7 @@ async def test_an_upload_in_progress_is_finished_at_the_end(tmp_path: Path) -> N
         url = here.served.url
 
         async def upload() -> None:
-            async with httpx.AsyncClient(base_url=url, verify=NOBODY) as http:
+            async with httpx.AsyncClient(base_url=url, verify=NO_CERTIFICATES) as http:
                 headers = {
                     "authorization": f"Bearer {KEY}",
                     "content-type": "multipart/form-data; boundary=x",
@@ -282,7 +282,7 @@ async def test_an_upload_in_progress_is_finished_at_the_end(tmp_path: Path) -> N
                 answers.append(await http.post("/v1/files", content=body(), headers=headers))
 
         async def watch() -> None:
-            async with httpx.AsyncClient(base_url=url, verify=NOBODY) as http:
+            async with httpx.AsyncClient(base_url=url, verify=NO_CERTIFICATES) as http:
 
                 async def state() -> str:
                     return str((await http.get("/readyz")).json()["status"])

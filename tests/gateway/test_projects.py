@@ -10,7 +10,7 @@ import httpx
 import pytest
 from anyio import to_thread
 
-from tests.gateway.conftest import NOBODY, ROWS, Site, jsonl
+from tests.gateway.conftest import NO_CERTIFICATES, ROWS, Site, jsonl
 from training_backends.core.errors import Issue
 from training_backends.core.run import ValidationReport
 from training_backends.gateway.app import create_app
@@ -27,7 +27,7 @@ LISTS = ("/v1/files", JOBS, "/v1/models")
 async def keyed(shared: Site) -> AsyncIterator[Site]:
     """The gateway that several tests ask, and a client that may take any key."""
     async with httpx.AsyncClient(
-        base_url=shared.served.url, headers=shared.http.headers, timeout=30, verify=NOBODY
+        base_url=shared.served.url, headers=shared.http.headers, timeout=30, verify=NO_CERTIFICATES
     ) as http:
         yield replace(shared, http=http)
 
@@ -191,7 +191,7 @@ async def test_a_signed_link_stands_for_its_file(keyed: Site) -> None:
     mine = await owned(keyed, "one")
     path = f"/v1/files/{mine['file_id']}"
     url = (await keyed.http.get(f"{path}/url")).json()["url"]
-    async with httpx.AsyncClient(verify=NOBODY) as anybody:
+    async with httpx.AsyncClient(verify=NO_CERTIFICATES) as anybody:
         assert (await anybody.get(url)).content == jsonl()
         await keyed.http.delete(path)
         assert (await anybody.get(url)).status_code == 404

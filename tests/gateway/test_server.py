@@ -12,7 +12,7 @@ import httpx
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from tests.gateway.conftest import KEY, NOBODY, Site, scripted, site
+from tests.gateway.conftest import KEY, NO_CERTIFICATES, Site, scripted, site
 from tests.waiting import until
 from training_backends.core.errors import ConfigError, DuplicateRun, StoreError
 from training_backends.gateway import app
@@ -189,7 +189,7 @@ async def test_a_request_under_way_is_answered_before_the_server_ends(
         monkeypatch.setattr(here.served.gateway.models, "retrieve", slow)
 
         async def ask() -> None:
-            async with httpx.AsyncClient(verify=NOBODY) as http:
+            async with httpx.AsyncClient(verify=NO_CERTIFICATES) as http:
                 answer = await http.get(
                     f"{here.served.url}/v1/models/tiny-mistral",
                     headers={"authorization": f"Bearer {KEY}"},
@@ -227,7 +227,7 @@ async def test_an_upload_under_way_at_the_end_is_answered(
 @pytest.mark.parametrize("path", ["/openapi.json", "/v1/models", "/elsewhere"])
 async def test_all_but_health_and_links_need_a_key(shared: Site, path: str) -> None:
     """Whether or not there is something."""
-    async with httpx.AsyncClient(base_url=shared.served.url, verify=NOBODY) as http:
+    async with httpx.AsyncClient(base_url=shared.served.url, verify=NO_CERTIFICATES) as http:
         assert (await http.get(path)).status_code == 401
         assert (await http.get("/health")).status_code == 200
     assert (await shared.http.get("/openapi.json")).status_code == 200
