@@ -18,7 +18,7 @@ import hypothesis
 import pytest
 import structlog
 
-from tests.forking import ForkServer, Program, Trainer
+from tests.forking import ForkServer, Preloaded, Program, Trainer
 from tests.passwords import remembering
 from tests.plugins import Install, install_backend
 from tests.postgres import PgBouncer, Postgres, pgbouncer_program, programs
@@ -178,25 +178,41 @@ def program(pytestconfig: pytest.Config) -> Program:
     return Program(_address(Program, pytestconfig))
 
 
+@pytest.fixture(scope="session")
+def preloaded(pytestconfig: pytest.Config) -> Preloaded:
+    """Start programs that need the libraries of the tests."""
+    return Preloaded(_address(Preloaded, pytestconfig))
+
+
 _ADDRESSES = pytest.StashKey[dict[str, str]]()
+_FORK_SERVERS = (Preloaded, Trainer, Program)
 
 
-def _address(kind: type[ForkServer], config: pytest.Config) -> str:
+def _address(kind: type[ForkServer], config: pytest.Config, *, at_once: bool = False) -> str:
     """Return the address of a fork server, which all workers of xdist share."""
     if given := getattr(config, "workerinput", {}).get(kind.__name__):
         return str(given)
     addresses = config.stash.setdefault(_ADDRESSES, {})
     if kind.__name__ not in addresses:
         stack = ExitStack()
-        addresses[kind.__name__] = stack.enter_context(kind.serving())
+        addresses[kind.__name__] = stack.enter_context(kind.serving(at_once=at_once))
         config.add_cleanup(stack.close)
     return addresses[kind.__name__]
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Fork the workers from a process that has loaded the libraries, if they run all tests."""
+    if config.args == config.getini("testpaths"):
+        preloaded, _, _ = (_address(kind, config, at_once=True) for kind in _FORK_SERVERS)
+        for spec in specs:
+            spec.python = str(Preloaded(preloaded).python)
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """Tell a worker of xdist, before it starts, where the fork servers are."""
-    for kind in (Program, Trainer):
+    for kind in _FORK_SERVERS:
         node.workerinput[kind.__name__] = _address(kind, node.config)
 
 

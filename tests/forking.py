@@ -9,7 +9,8 @@ caller, except the processes of a group, each of which is killed with its caller
 the command line loaded, for `-m`, `-c` and scripts. What it starts gets its caller's Ctrl-C and
 SIGTERM, and is killed with it. It is no child of the caller's, though, nor in its session, and has
 none of its other descriptors: tests of those use a process of their own. So do tests of how the
-command line ends; only `-c` ends as the interpreter does.
+command line ends; only `-c` ends as the interpreter does. `Preloaded` does the same, with what the
+tests import loaded: the workers of xdist, which would each load it, are forked from it.
 """
 
 import json
@@ -27,7 +28,7 @@ if TYPE_CHECKING:  # a caller loads as little as possible
 
     from training_backends.rundir.directory import RunDir
 
-__all__ = ["ForkServer", "Program", "Trainer"]
+__all__ = ["ForkServer", "Preloaded", "Program", "Trainer"]
 
 TRAINER = ("-P", "-m", "training_backends.trainer")
 
@@ -49,15 +50,19 @@ class ForkServer:
     """Forks a process for each call of its interpreter."""
 
     loads: str
-    """The function that loads the modules, when the first process is asked for."""
+    """The function that loads the modules."""
 
     def __init__(self, address: str) -> None:
         self.address = address
 
     @classmethod
     @contextmanager
-    def serving(cls) -> "Iterator[str]":
-        """Run a server, and yield its address."""
+    def serving(cls, *, at_once: bool = False) -> "Iterator[str]":
+        """Run a server, and yield its address.
+
+        Args:
+            at_once: It does not wait for the first call to load the modules.
+        """
         import shlex  # noqa: PLC0415
         import subprocess  # noqa: PLC0415
         import tempfile  # noqa: PLC0415
@@ -71,8 +76,9 @@ class ForkServer:
             listener.listen()
             here.python.write_text(f'#!/bin/sh\nexec {shlex.join(here._words)} "$@"\n')
             here.python.chmod(0o755)
+            serve = ["--load" if at_once else "--serve", str(listener.fileno()), cls.loads]
             with subprocess.Popen(
-                [sys.executable, "-P", __file__, "--serve", str(listener.fileno()), cls.loads],
+                [sys.executable, "-P", __file__, *serve],
                 stdin=subprocess.PIPE,  # ends it when closed
                 pass_fds=[listener.fileno()],
             ):
@@ -103,6 +109,12 @@ class Program(ForkServer):
     @property
     def _words(self) -> tuple[str, ...]:
         return (*super()._words, "--attached")
+
+
+class Preloaded(Program):
+    """Runs code and scripts that need what the tests import, torch among it."""
+
+    loads = "load_libraries"
 
 
 class Trainer(ForkServer):
@@ -196,18 +208,45 @@ def load_program() -> None:
         import_module(f"training_backends.{name}")
 
 
-def serve(listener: socket.socket, load: str) -> None:
+def load_libraries() -> None:
+    """Load what most of a worker's time until its first test goes into, as far as installed."""
+    import gc  # noqa: PLC0415  # a caller loads none of these
+    from importlib import import_module  # noqa: PLC0415
+
+    gc.disable()
+    for name in (
+        "bitsandbytes",
+        "mistral_common.protocol.instruct.request",
+        "mistralai.client",
+        "moto.server",
+        "openai",
+        "peft",
+        "s3fs",
+        "transformers.models.mistral.modeling_mistral",
+        "training_backends.gateway.server",
+        "training_backends.trainer.run",
+    ):
+        with suppress(ImportError):
+            import_module(name)
+    gc.enable()
+
+
+def serve(listener: socket.socket, name: str, *, at_once: bool) -> None:
     """Fork a process for each request until standard input ends."""
     import gc  # noqa: PLC0415  # a caller loads none of these
     import select  # noqa: PLC0415
+    from functools import cache  # noqa: PLC0415
 
-    loaded = False
+    @cache
+    def load() -> None:
+        globals()[name]()
+        gc.collect()
+        gc.freeze()
+
+    if at_once:
+        load()
     while 0 not in select.select([listener.fileno(), 0], [], [])[0]:
-        if not loaded:
-            globals()[load]()
-            gc.collect()
-            gc.freeze()
-            loaded = True
+        load()
         connection, _ = listener.accept()
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
@@ -324,6 +363,8 @@ def start_program(arguments: list[str]) -> None:
         warnings.simplefilter(action)  # type: ignore[arg-type]
     tempfile.tempdir = None
     sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    if arguments[0] == "-u":
+        arguments = arguments[1:]  # all streams are flushed at the end
     if arguments[0] == "-m":
         sys.path.insert(0, "")
         sys.argv = arguments[1:]
@@ -349,8 +390,9 @@ def call(address: str, arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--serve":
-        serve(socket.socket(fileno=int(sys.argv[2])), sys.argv[3])
+    if sys.argv[1] in ("--serve", "--load"):
+        listener = socket.socket(fileno=int(sys.argv[2]))
+        serve(listener, sys.argv[3], at_once=sys.argv[1] == "--load")
     elif (code := call(sys.argv[1], sys.argv[2:])) < 0:
         with suppress(OSError):  # of SIGKILL
             signal.signal(-code, signal.SIG_DFL)

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.buckets import Bucket, bucket, s3_server
+from tests.forking import Preloaded
 from tests.trainer.tasks import METHODS, changes_for, write_tasks
 from training_backends.rundir.checkpoints import damage_of, remove_optimizer_state
 from training_backends.rundir.directory import RunDir, TrainerExitCode
@@ -46,9 +46,9 @@ if find_spec("bitsandbytes") is None:
 class Groups:
     """Trains runs in groups of processes, see `group.py`."""
 
-    def __init__(self) -> None:
+    def __init__(self, preloaded: Preloaded) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("group.py"))],
+            [str(preloaded.python), str(Path(__file__).with_name("group.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -69,9 +69,9 @@ class Groups:
 
 
 @pytest.fixture(scope="module")
-def groups() -> Iterator[Groups]:
+def groups(preloaded: Preloaded) -> Iterator[Groups]:
     """Processes that have loaded torch already."""
-    made = Groups()
+    made = Groups(preloaded)
     yield made
     made.close()
 
