@@ -217,6 +217,6 @@ def test_documented_subject_runs_with_the_plugin(pytester: pytest.Pytester) -> N
     pytester.makepyfile("\n".join(block.text for block in code_blocks("testing.md", "python")))
     result = pytester.runpytest_inprocess("-q", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist")
     outcomes = result.parseoutcomes()
-    assert sum(outcomes.values()) == len(BackendConformance.checks())
+    assert outcomes["passed"] + outcomes["skipped"] == len(BackendConformance.checks())
     assert outcomes["passed"] > 20
     result.stdout.fnmatch_lines(["*subject has no hook `disturb`*"])
