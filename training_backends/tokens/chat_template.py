@@ -29,6 +29,7 @@ _REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's reasoning, in the order of transformers 5.23."""
 _KNOWN_SHAPES: Final = 4096
 _CALLED: Final = "zqcalled"
+_LIMIT: Final = TimeLimit()
 _FIX: Final = "remove it, or set chat_template"
 
 
@@ -115,7 +116,6 @@ class ChatRenderer:
         self._special = sorted(settings.special)
         self._controls = _any_of(settings.special)
         self._escaped_controls = _any_of(map(_escaped, settings.special))
-        self._limit = TimeLimit()
         self._dropped_by_shape: dict[bytes, str | None] = {}
         try:
             self._compiled = {name: compile_template(text) for name, text in templates.items()}
@@ -137,7 +137,7 @@ class ChatRenderer:
         """
         self._refuse_control_tokens(row)
         given = self._adapted(row)
-        examples = self._limit.run(lambda: self._examples(given))
+        examples = _LIMIT.run(lambda: self._examples(given))
         self._require_answers(given, examples)
         if problem := self._dropped(given):
             raise RejectedByTemplate(problem)
@@ -151,7 +151,7 @@ class ChatRenderer:
             EndlessTemplate: The time limit was exceeded.
         """
         given = self._adapted(Conversation(messages, tools, [False] * len(messages)))
-        return self._limit.run(lambda: self._render(given, len(messages), waiting=True))
+        return _LIMIT.run(lambda: self._render(given, len(messages), waiting=True))
 
     def text(self, row: Conversation) -> str:
         """Render a complete conversation, which may end with any role.
@@ -162,7 +162,7 @@ class ChatRenderer:
         """
         self._refuse_control_tokens(row)
         given = self._adapted(row)
-        return self._limit.run(lambda: self._render(given, len(given.messages), waiting=False))
+        return _LIMIT.run(lambda: self._render(given, len(given.messages), waiting=False))
 
     @cached_property
     def ends(self) -> frozenset[str]:
@@ -171,7 +171,7 @@ class ChatRenderer:
         within: set[str] = set()
         for probe in _probes():
             try:
-                examples = self._limit.run(partial(self._examples, self._adapted(probe)))
+                examples = _LIMIT.run(partial(self._examples, self._adapted(probe)))
             except (RejectedByTemplate, EndlessTemplate):
                 continue
             for text, spans in examples:
@@ -316,7 +316,7 @@ class ChatRenderer:
     def _try(self, row: Conversation) -> str:
         """Render a conversation as it is; return an empty text if the template rejects it."""
         try:
-            return self._limit.run(lambda: self._render(row, len(row.messages), waiting=False))
+            return _LIMIT.run(lambda: self._render(row, len(row.messages), waiting=False))
         except RejectedByTemplate:
             return ""
 
@@ -352,7 +352,7 @@ class ChatRenderer:
 
     def _find_dropped(self, row: Conversation, marks: "Sequence[_Mark]") -> str | None:
         try:
-            examples = self._limit.run(lambda: self._examples(row))
+            examples = _LIMIT.run(lambda: self._examples(row))
         except RejectedByTemplate:
             return None  # it depends on the texts, which were rendered
         answers = [index for index, is_trained in enumerate(row.trained) if is_trained]

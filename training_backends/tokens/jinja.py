@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import datetime
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Final, TypeVar
 
 __all__ = ["RENDER_SECONDS", "EndlessTemplate", "TimeLimit", "compile_template"]
@@ -54,10 +54,11 @@ class TimeLimit:
         is_late = False
         try:
             with self._guard:
-                self._deadlines[thread] = time.monotonic() + RENDER_SECONDS
-                if self._watcher is None or not self._watcher.is_alive():  # it dies in a fork
+                if self._watcher is None or not self._watcher.is_alive():
+                    self._deadlines.clear()  # in a fork: those of threads that it lacks, too
                     self._watcher = threading.Thread(target=self._watch, daemon=True)
                     self._watcher.start()
+                self._deadlines[thread] = time.monotonic() + RENDER_SECONDS
             try:
                 return render()
             finally:
@@ -148,6 +149,7 @@ def _environment() -> Any:
     return environment
 
 
+@lru_cache(maxsize=16)  # compiling takes tens of milliseconds, and a file is read several times
 def compile_template(text: str) -> Any:
     """Return a Jinja template; raises whatever jinja2 does, and ImportError without it."""
     return _environment().from_string(text)
