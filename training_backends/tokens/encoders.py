@@ -274,21 +274,30 @@ class MistralEncoder:
 
     def __init__(self, source: Path) -> None:
         # Imported here, because it takes half a second and only Mistral's models need it.
+        from mistral_common.protocol.instruct.normalize import get_normalizer  # noqa: PLC0415
         from mistral_common.protocol.instruct.request import ChatCompletionRequest  # noqa: PLC0415
-        from mistral_common.protocol.instruct.validator import ValidationMode  # noqa: PLC0415
+        from mistral_common.protocol.instruct.validator import (  # noqa: PLC0415
+            ValidationMode,
+            get_validator,
+        )
         from mistral_common.tokens.tokenizers.mistral import MistralTokenizer  # noqa: PLC0415
 
         self._source = source
         self._request = ChatCompletionRequest
         try:
             self._training = MistralTokenizer.from_file(source, ValidationMode.finetuning)
-            self._asking = MistralTokenizer.from_file(source, ValidationMode.test)
         except ImportError as error:
             raise TokenizerError(
                 f"The tokenizer {source.name} requires sentencepiece: "
                 "pip install 'training-backends[tokens]'"
             ) from error
         self._tokens = self._training.instruct_tokenizer.tokenizer
+        version = self._tokens.version
+        self._asking = MistralTokenizer(  # what `from_file` makes, which would read the file again
+            self._training.instruct_tokenizer,
+            get_validator(version, ValidationMode.test),
+            get_normalizer(version, self._tokens.model_settings_builder),
+        )
         self.eos_id: int = self._tokens.eos_id
         self.pad_id: int = self._tokens.pad_id if self._tokens.pad_id >= 0 else self.eos_id
         self.end_ids: tuple[int, ...] = (self.eos_id,)
