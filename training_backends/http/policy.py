@@ -2,6 +2,7 @@
 
 import ssl
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 
 import httpx
@@ -75,7 +76,7 @@ def make_pool(
             keepalive_expiry=60.0,
         ),
         headers={
-            "User-Agent": f"training-backends/{version('training-backends')}",
+            "User-Agent": _user_agent(),
             "Accept": "application/json",
             "Accept-Encoding": "gzip",
         },
@@ -86,3 +87,8 @@ def make_pool(
         verify=tls_context() if encrypted else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
         transport=transport,
     )
+
+
+@cache
+def _user_agent() -> str:
+    return f"training-backends/{version('training-backends')}"
