@@ -412,11 +412,13 @@ def test_four_times_the_text_takes_about_four_times_as_long(before: str, atom: s
     short = (before + atom * 4096)[:4096]
     long = (before + atom * 16384)[:16384]
     best = dict.fromkeys((short, long), float("inf"))
-    for _ in range(4):
+    for attempt in range(4):
         for text in best:
             began = time.thread_time()
             redact(text)
             best[text] = min(best[text], time.thread_time() - began)
+        if attempt and best[long] < 9 * best[short]:
+            break
     assert best[long] < 9 * best[short]  # 16 where it is quadratic
 
 
