@@ -373,6 +373,31 @@ class RunDir:
         """Ask the process to save a checkpoint and exit, to be restarted later; safe to repeat."""
         write_atomic(self.stop, "suspend")
 
+    def is_stopping(self) -> bool:
+        """Return whether the run was asked to end, which a suspended one was not."""
+        return self._requested() not in {None, "suspend"}
+
+    def is_suspended(self) -> bool:
+        """Return whether its process was asked to exit and has not done so, maybe killed since."""
+        return self._requested() == "suspend"
+
+    def end_suspension(self) -> bool:
+        """Withdraw the request, before a new process starts; return False if it was to stop."""
+        aside = self.stop.with_name(".stop.taken")
+        with suppress(FileNotFoundError):
+            self.stop.replace(aside)
+            if aside.read_text(encoding="ascii") != "suspend":
+                aside.replace(self.stop)
+                return False
+            aside.unlink()
+        return True
+
+    def _requested(self) -> str | None:
+        try:
+            return self.stop.read_text(encoding="ascii")
+        except FileNotFoundError:
+            return None
+
     def add_event(self, event: Event) -> None:
         """Append to events.jsonl."""
         append_line(self.events, event.model_dump_json())

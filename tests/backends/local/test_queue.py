@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from operator import not_
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from training_backends.backends.local.backend import LocalBackend
 from training_backends.core.files import hold_lock
 from training_backends.core.run import TrainingRun
 from training_backends.core.status import TrainingStatus
-from training_backends.rundir.directory import RunDir
+from training_backends.rundir.directory import Event, RunDir
 from training_backends.testing.journal import MemoryJournal
 from training_backends.trainer.queue import host_key
 
@@ -31,6 +32,13 @@ def occupied(home: Path) -> ExitStack:
     stack = ExitStack()
     stack.enter_context(hold_lock(home / "slots" / f"cpu-{host_key()}.0.lock"))
     return stack
+
+
+def long_ago(directory: RunDir) -> None:
+    """Have the process of a run started a minute ago."""
+    then = time.time() - 60
+    os.utime(directory.spec, (then, then))
+    os.utime(directory.lock, (then + 1, then + 1))
 
 
 async def test_a_run_that_waits_says_its_position(
@@ -72,9 +80,7 @@ async def test_a_waiting_run_outlives_its_process(
     assert state.status is TrainingStatus.PENDING, "nothing of it is lost"
     await until_state(backend, second, lambda state: state.raw_status == "queued, position 1")
 
-    long_ago = time.time() - 60
-    os.utime(directory.spec, (long_ago, long_ago))
-    os.utime(directory.lock, (long_ago + 1, long_ago + 1))
+    long_ago(directory)
     await backend.statuses([first, second])
     await until_state(backend, second, lambda state: state.raw_status == "queued, position 2")
     assert directory.active_pid() not in {None, dead}
@@ -92,8 +98,35 @@ async def test_a_stop_ends_a_wait_that_nobody_does(
     await backend.launch(run, MemoryJournal(run))
     await until_state(backend, run, lambda state: (state.raw_status or "").startswith("queued"))
     directory = RunDir(home / "runs" / run.id)
-    os.kill(directory.active_pid() or 0, signal.SIGKILL)
+    pid = directory.active_pid()
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
     await until(lambda: not directory.is_active())
     await backend.stop(run)
     assert (await backend.status(run)).status is TrainingStatus.CANCELLED
     occupied.close()
+
+
+async def test_a_run_killed_while_it_was_suspended_continues(
+    backend: LocalBackend, home: Path, make_run: MakeRun, occupied: ExitStack
+) -> None:
+    """Its container had no time left for the checkpoint; a stop meanwhile ends it, though."""
+    first, second = make_run("first"), make_run("second")
+    for run in (first, second):
+        await backend.launch(run, MemoryJournal(run))
+        await until_state(backend, run, lambda state: (state.raw_status or "").startswith("queued"))
+        directory = RunDir(home / "runs" / run.id)
+        directory.add_event(Event(name="status", data={"status": "running"}))
+        pid = directory.active_pid()
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)  # it notices nothing
+        directory.request_suspension()
+        os.kill(pid, signal.SIGKILL)
+        await until(directory.is_active, not_)
+        long_ago(directory)
+    await backend.stop(second)
+    states = await backend.statuses([first, second])
+    assert states["second"].status is TrainingStatus.CANCELLED
+    occupied.close()
+    await until_state(backend, first, lambda state: state.status is TrainingStatus.INITIALIZING)
+    assert not RunDir(home / "runs" / "first").stop.exists()

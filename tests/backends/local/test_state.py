@@ -76,6 +76,17 @@ def test_a_stop_is_seen_until_it_is_obeyed(run: RunDir) -> None:
     assert read_state(run).status is TrainingStatus.CANCELLED
 
 
+def test_a_suspension_is_no_stop(run: RunDir) -> None:
+    """Whoever follows the run would take it for cancelled, and stop it for good."""
+    run.request_suspension()
+    with hold_lock(run.lock):
+        say(run, "running")
+        assert read_state(run).status is TrainingStatus.RUNNING
+    assert read_state(run).status is TrainingStatus.PENDING, "killed before it had saved"
+    run.request_stop()
+    assert read_state(run).status is TrainingStatus.CANCELLED
+
+
 def test_an_exit_record_says_the_end(run: RunDir) -> None:
     """Its failure, time and words are the run's."""
     failure = Failure(kind="out_of_memory", message="too big")

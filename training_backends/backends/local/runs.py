@@ -25,10 +25,10 @@ def revive(
     program: Sequence[str],
     child_env: ChildEnvironment,
 ) -> None:
-    """Restart a queued run whose process has died; concurrent callers start only one process."""
+    """Start a new process of a queued or suspended run; concurrent callers start only one."""
     with suppress(BlockingIOError), hold_lock(run.path / ".reviving", patience=0):
-        if not is_orphaned(run):
-            return  # another process was faster
+        if not is_orphaned(run) or not run.end_suspension():
+            return  # another process was faster, or it was stopped
         if spec.slots_dir != slots_dir:  # the home was moved
             run.write_spec(spec.model_copy(update={"slots_dir": slots_dir}))
         spawn(run, program, child_env)

@@ -107,23 +107,28 @@ def read_ending(run: RunDir) -> Ending | None:
         return None
     if record := record or run.read_exit():
         return Ending(TRAINER_STATUS[record.status], record.status, record)
-    if run.stop.exists():
+    if run.is_stopping():
         # Stopped before it handled signals, so there was nothing to save.
         return Ending(TrainingStatus.CANCELLED, "stopped")
-    if _last_status(run) == "queued":
-        return None  # not lost: a new process takes over its queue position, see `revive`
+    if _waits_for_process(run):
+        return None  # not lost: a new process takes over, see `revive`
     return Ending(TrainingStatus.FAILED, "lost")
 
 
 def is_orphaned(run: RunDir) -> bool:
-    """Return whether a run is queued, but no process waits for it."""
+    """Return whether a run is queued or suspended, but has no process."""
     try:
-        if has_begun(run) or run.stop.exists() or _may_still_start(run):
+        if has_begun(run) or run.is_stopping() or _may_still_start(run):
             return False
         settled = time.time() - run.spec.stat().st_mtime > _REVIVE_PAUSE
     except FileNotFoundError:
         return False
-    return settled and _last_status(run) == "queued"
+    return settled and _waits_for_process(run)
+
+
+def _waits_for_process(run: RunDir) -> bool:
+    # One killed before it had saved what it was suspended for continues from its last checkpoint.
+    return run.is_suspended() or _last_status(run) == "queued"
 
 
 def read_state(run: RunDir, snapshot: Snapshot | None = None) -> RunState:
@@ -157,8 +162,10 @@ def read_state(run: RunDir, snapshot: Snapshot | None = None) -> RunState:
 
 
 def _live_status(run: RunDir, events: list[Event]) -> tuple[TrainingStatus, str]:
-    if run.stop.exists():
+    if run.is_stopping():
         return TrainingStatus.STOPPING, "stopping"
+    if run.is_suspended() and not run.is_active():
+        return TrainingStatus.PENDING, "queued"
     words = (word for event in reversed(events) if (word := _status_of(event)))
     # Until it holds the lock, any events are from an earlier process.
     word = next(words, "starting") if took_lock(run) else "starting"
