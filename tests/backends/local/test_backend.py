@@ -336,3 +336,21 @@ async def test_a_client_alone_needs_no_training_libraries(
     assert "training-backends[local]" in str(health.hint)
     (home / "runs" / "r").mkdir(parents=True)
     assert (await backend.health()).configured
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo no such library >> $0/log.txt; exit 1", "no such library"),
+        ("rm $0/log.txt; exit 7", "exit 7"),
+    ],
+)
+async def test_a_process_that_cannot_start_says_why(
+    home: Path, make_run: Callable[..., TrainingRun], script: str, reason: str
+) -> None:
+    """By the last line of its log, if there is one."""
+    backend, run = LocalBackend(home, program=("sh", "-c", script)), make_run()
+    await backend.launch(run, MemoryJournal(run))
+    state = await until_state(backend, run, is_over)
+    assert state.failure is not None
+    assert state.failure.message == f"The training process could not start: {reason}"

@@ -313,12 +313,13 @@ def _reap(process: "subprocess.Popen[bytes]", run: RunDir) -> None:
     code = process.wait()
     if took_lock(run) or run.is_active() or run.exit.is_file() or run.stop.exists():
         return
-    if not run.path.is_dir():
-        return  # deleted
-    lines = run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    lines = []
+    with suppress(FileNotFoundError):
+        lines = run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     message = f"The training process could not start: {lines[-1] if lines else f'exit {code}'}"
     failure = Failure(kind="internal", message=message)
-    run.write_exit(ExitRecord(status="failed", code=code, failure=failure))
+    with suppress(FileNotFoundError):  # the run was deleted
+        run.write_exit(ExitRecord(status="failed", code=code, failure=failure))
 
 
 def took_lock(run: RunDir) -> bool:
