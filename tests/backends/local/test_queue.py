@@ -34,6 +34,12 @@ def occupied(home: Path) -> ExitStack:
     return stack
 
 
+async def queue(backend: LocalBackend, run: TrainingRun) -> None:
+    """Launch a run that has to wait."""
+    await backend.launch(run, MemoryJournal(run))
+    await until_state(backend, run, lambda state: (state.raw_status or "").startswith("queued"))
+
+
 def long_ago(directory: RunDir) -> None:
     """Have the process of a run started a minute ago."""
     then = time.time() - 60
@@ -69,8 +75,7 @@ async def test_a_waiting_run_outlives_its_process(
     """As after a restart of the machine: whoever looks next starts it again, at its old place."""
     first, second = make_run("first"), make_run("second")
     for run in (first, second):
-        await backend.launch(run, MemoryJournal(run))
-        await until_state(backend, run, lambda state: (state.raw_status or "").startswith("queued"))
+        await queue(backend, run)
     directory = RunDir(home / "runs" / "first")
     dead = directory.active_pid()
     assert dead is not None
@@ -95,8 +100,7 @@ async def test_a_stop_ends_a_wait_that_nobody_does(
 ) -> None:
     """No process is started only to be told that it is over."""
     run = make_run()
-    await backend.launch(run, MemoryJournal(run))
-    await until_state(backend, run, lambda state: (state.raw_status or "").startswith("queued"))
+    await queue(backend, run)
     directory = RunDir(home / "runs" / run.id)
     pid = directory.active_pid()
     assert pid is not None
@@ -113,8 +117,7 @@ async def test_a_run_killed_while_it_was_suspended_continues(
     """Its container had no time left for the checkpoint; a stop meanwhile ends it, though."""
     first, second = make_run("first"), make_run("second")
     for run in (first, second):
-        await backend.launch(run, MemoryJournal(run))
-        await until_state(backend, run, lambda state: (state.raw_status or "").startswith("queued"))
+        await queue(backend, run)
         directory = RunDir(home / "runs" / run.id)
         directory.add_event(Event(name="status", data={"status": "running"}))
         pid = directory.active_pid()
