@@ -24,7 +24,7 @@ from training_backends.core.errors import (
     TrainingBackendError,
 )
 from training_backends.core.estimate import Estimate, Money
-from training_backends.core.run import ValidationReport, utc_now
+from training_backends.core.run import TrainingRun, ValidationReport, utc_now
 from training_backends.core.status import TrainingStatus
 from training_backends.gateway import runner
 from training_backends.gateway.job_events import STATUS_EVENT
@@ -300,6 +300,34 @@ async def test_a_start_that_only_the_launch_reported_stays_among_the_events(here
     here.backend.say(remote, TrainingStatus.CANCELLED)
     job = await here.until(job_id, "CANCELLED")
     assert statuses(job)[-3:] == ["RUNNING", "CANCELLATION_REQUESTED", "CANCELLED"]
+
+
+class Stops(ScriptedBackend):
+    """Keeps whether each stop saves a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[bool] = []
+
+    async def stop(self, run: TrainingRun, *, save_checkpoint: bool = True) -> None:
+        self.asked.append(save_checkpoint)
+        await super().stop(run, save_checkpoint=save_checkpoint)
+
+
+async def test_a_run_stopped_elsewhere_is_not_stopped_again(tmp_path: Path) -> None:
+    """It would save the checkpoint that was not wanted; nor by the next gateway."""
+    backend = Stops()
+    async with site(tmp_path, backend) as here:
+        job_id, remote_id = await here.started()
+        await here.until(job_id, "RUNNING")
+        await here.served.gateway.client.stop(job_id, save_checkpoint=False)
+        await here.until(job_id, "CANCELLATION_REQUESTED")
+    async with site(tmp_path, backend) as here:
+        seen = len(backend.looks)
+        await until(lambda: len(backend.looks) > seen + 2)
+        backend.say(remote_id, TrainingStatus.CANCELLED)
+        await here.until(job_id, "CANCELLED")
+    assert backend.asked == [False]
 
 
 async def test_a_job_cancelled_while_its_launch_fails_is_over(here: Site) -> None:

@@ -385,6 +385,8 @@ class JobRunner:
             await self._store.awrite(lambda c: advance_job(c, job))
         if job.status != "CANCELLATION_REQUESTED" or job.id in self._stopped:
             return False
+        if run.status is TrainingStatus.STOPPING:
+            return False  # whoever stopped it said whether with a checkpoint
         if not await self._is_here(job):
             return False
         try:
