@@ -192,3 +192,14 @@ def test_the_end_is_recorded_on_a_full_disk(tmp_path: Path) -> None:
     assert done.stdout.split(maxsplit=1)[0] == "1"
     assert "The disk is full" in done.stdout
     assert done.stdout.endswith("False\n")
+
+
+def test_only_a_suspension_is_withdrawn(run: RunDir) -> None:
+    """A stop that came in between stays as it was."""
+    assert run.end_suspension()
+    run.request_suspension()
+    assert run.end_suspension()
+    assert not run.stop.exists()
+    run.request_stop(save_checkpoint=False)
+    assert not run.end_suspension()
+    assert run.stop.read_text() == "discard"
