@@ -9,8 +9,8 @@ caller, except the processes of a group, each of which is killed with its caller
 the command line loaded, for `-m`, `-c` and scripts. What it starts gets its caller's Ctrl-C and
 SIGTERM, and is killed with it. It is no child of the caller's, though, nor in its session, and has
 none of its other descriptors: tests of those use a process of their own. So do tests of how the
-command line ends; only `-c` ends as the interpreter does. `Preloaded` does the same, with what the
-tests import loaded: the workers of xdist, which would each load it, are forked from it.
+command line ends; only `-c` ends as the interpreter does. `Preloaded` does the same with the
+libraries of the tests loaded; the workers of xdist are forked from it, and need not load them.
 """
 
 import json
@@ -112,7 +112,7 @@ class Program(ForkServer):
 
 
 class Preloaded(Program):
-    """Runs code and scripts that need what the tests import, torch among it."""
+    """Runs code and scripts that need the libraries of the tests, such as torch."""
 
     loads = "load_libraries"
 
@@ -209,7 +209,7 @@ def load_program() -> None:
 
 
 def load_libraries() -> None:
-    """Load what most of a worker's time until its first test goes into, as far as installed."""
+    """Load the libraries that a worker would load for longest, as far as they are installed."""
     import gc  # noqa: PLC0415  # a caller loads none of these
     from importlib import import_module  # noqa: PLC0415
 

