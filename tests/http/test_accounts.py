@@ -121,6 +121,21 @@ async def test_another_key_is_not_held_up(
     await other.aclose()
 
 
+async def test_a_server_at_the_port_of_an_earlier_one_has_no_limits(
+    client: HttpClient, make_client: MakeClient, server: LoopbackServer
+) -> None:
+    """What one test's server asked for does not hold for the next one's, with the same key."""
+    server.fail(pause(3600))
+    with pytest.raises(RateLimited):
+        await client.json("GET", "/a")
+    port = server.port
+    server.stop()
+    server.start(port)
+    other = make_client()
+    assert await other.json("GET", "/b") == {"ok": True}
+    await other.aclose()
+
+
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_no_call_waits_in_vain(
     method: str, client: HttpClient, server: LoopbackServer

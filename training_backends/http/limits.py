@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from training_backends.http.retry import read_retry_after
 
-__all__ = ["Limiter", "limiter_of"]
+__all__ = ["Limiter", "forget_limits", "limiter_of"]
 
 _MINUTE: Final = 60.0
 _LITTLE: Final = 0.2
@@ -113,6 +113,12 @@ def limiter_of(base_url: str, key: SecretStr | None) -> Limiter:
     digest = "" if key is None else hashlib.sha256(key.get_secret_value().encode()).hexdigest()
     with _making:
         return _limiter(base_url, digest)
+
+
+def forget_limits() -> None:
+    """Give the clients that are made from now on new limiters."""
+    with _making:
+        _limiter.cache_clear()
 
 
 # Module state, because limits belong to the server, not to a client: clients with the same key

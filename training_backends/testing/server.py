@@ -15,6 +15,7 @@ from threading import Event, Lock, Thread
 from typing import IO, Any, ClassVar, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from training_backends.http.limits import forget_limits
 from training_backends.testing.faults import (
     CutAnswer,
     DropRequest,
@@ -147,6 +148,8 @@ class LoopbackServer:
 
     def start(self, port: int = 0) -> None:
         """Start serving; port 0 picks a free port."""
+        # It may be the port of an earlier server, whose limits do not hold here.
+        forget_limits()
         handler = type("_Bound", (_RequestHandler,), {"owner": self})
         self._server = _StubServer(("127.0.0.1", port), handler)
         self._thread = Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
