@@ -1,6 +1,7 @@
 """The launch journal: a step happens at most once, whatever is lost on the way."""
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import anyio
@@ -105,6 +106,37 @@ async def test_a_killed_step_is_found_by_the_next_process(
         await again().step("create", world.do, world.find)
     assert await again().step("create", world.do, world.find) == 1
     assert world.done == 1
+
+
+async def test_a_step_is_remembered_though_it_is_cancelled_at_its_end(
+    again: Callable[[], JournalSteps],
+) -> None:
+    """What has happened is known, even where it could not be found."""
+    world = World()
+    with anyio.CancelScope() as scope:
+
+        async def do() -> int:
+            scope.cancel()
+            return await world.do()
+
+        await again().step("create", do)
+    assert await again().step("create", world.do) == 1
+    assert world.done == 1
+
+
+async def test_a_clear_refusal_is_remembered_though_it_is_cancelled(
+    again: Callable[[], JournalSteps],
+) -> None:
+    """What certainly did not happen is tried again, even where it could not be found."""
+    world = World()
+    with anyio.CancelScope() as scope, suppress(AuthenticationFailed):
+
+        async def refuse() -> int:
+            scope.cancel()
+            raise AuthenticationFailed("no")
+
+        await again().step("create", refuse)
+    assert await again().step("create", world.do) == 1
 
 
 async def test_a_step_that_cannot_be_found_is_ambiguous(

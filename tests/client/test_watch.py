@@ -202,6 +202,25 @@ async def test_an_event_that_could_not_be_handled_is_told_again(
     assert told.events == [(run.id, "completed")]
 
 
+async def test_an_event_that_was_handled_is_not_told_again_by_a_cancelled_watcher(
+    client: AsyncTrainingClient, backend: Listing, make_config: MakeConfig
+) -> None:
+    """A program that stops watching at the event it waited for hears of it once."""
+    (run,) = await launch(client, make_config, 1)
+    backend.tell(str(run.remote_id), TrainingStatus.COMPLETED)
+    told = Told()
+    with anyio.CancelScope() as scope:
+
+        async def stop(run: TrainingRun, record: LogRecord) -> None:
+            await told.to("a")(run, record)
+            if record.message == "completed":
+                scope.cancel()
+
+        await client.watcher(on_event=stop).run()
+    await client.watcher(on_event=told.to("b")).sweep()
+    assert told.by == {"a": 1}
+
+
 @both_stores
 async def test_a_new_run_is_taken_up(
     client: AsyncTrainingClient,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+import anyio
 from anyio import to_thread
 
 from training_backends.client.boundary import callers_own, is_callers_own
@@ -155,7 +156,8 @@ class JournalSteps(ABC):
             log.info("interrupted step found completed", step=name)
         else:
             result = await self._do(name, do, find, begun_now=entry is None)
-        await self._finish(name, result)
+        with anyio.CancelScope(shield=True):  # what is known to have happened is stored
+            await self._finish(name, result)
         return result
 
     async def _do(
@@ -172,7 +174,8 @@ class JournalSteps(ABC):
             if not may_have_happened(error):
                 # A rejection now says nothing about an earlier attempt whose response was lost.
                 if begun_now:
-                    await self._forget(name)
+                    with anyio.CancelScope(shield=True):
+                        await self._forget(name)
                 raise
             found = None
             if find is not None and not is_callers_own(error):

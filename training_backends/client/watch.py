@@ -35,8 +35,8 @@ class Watcher:
 
     Any number of watchers may share a store, in one process or on several machines. The watcher
     that holds a backend's lease does the sweep, and each event is delivered by one of them. If a
-    process is killed while `on_event` runs, another watcher delivers that event again. An
-    exception from `on_event` ends the watcher; the event is delivered again later.
+    process is killed, or a watcher cancelled, while `on_event` runs, that event is delivered
+    again. An exception from `on_event` ends the watcher; the event is delivered again later.
 
     Created by `AsyncTrainingClient.watcher`.
 
@@ -176,7 +176,8 @@ class Watcher:
                     except RunNotFound:
                         continue  # deleted in the meantime, with its events
                     await self._on_event(run, event.record)
-                    await to_thread.run_sync(self._store.delivered, [event.id])
+                    with anyio.CancelScope(shield=True):  # or it is delivered again
+                        await to_thread.run_sync(self._store.delivered, [event.id])
                 if not waiting:
                     return
 
