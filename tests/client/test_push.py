@@ -64,7 +64,8 @@ class Hub(LoopbackServer):
     def _create(self, asked: dict[str, Any]) -> StubReply:
         name = f"{asked['organization']}/{asked['name']}"
         exists = name in self.private
-        self.private.setdefault(name, asked["visibility"] == "private")
+        private = asked["visibility"] == "private" if "visibility" in asked else asked["private"]
+        self.private.setdefault(name, private)
         return reply({"url": f"{self.base_url}/{name}"}, 409 if exists else 200)
 
     def _object(self, asked: dict[str, Any]) -> dict[str, Any]:

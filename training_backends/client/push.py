@@ -83,8 +83,8 @@ def _push(
         from huggingface_hub.utils.tqdm import disable_progress_bars  # noqa: PLC0415
     except ImportError as error:
         raise BackendNotInstalled(
-            "push requires huggingface_hub; install training-backends[tokens].",
-            install="pip install 'training-backends[tokens]'",
+            "push requires huggingface_hub; install training-backends[hf].",
+            install="pip install 'training-backends[hf]'",
         ) from error
     if not sys.stderr.isatty():
         disable_progress_bars()
