@@ -11,7 +11,7 @@ TWINE_VERSION := 7.0.0
 DIST := .cache/dist
 LOWEST := .cache/lowest
 NEWEST := .cache/newest
-VERSIONS_TOOLS := blockbuster hypothesis opentelemetry-sdk pytest pytest-timeout pytest-xdist
+VERSIONS_TOOLS := blockbuster hypothesis jsonschema opentelemetry-sdk pytest pytest-timeout pytest-xdist
 VERSIONS_TESTS := tests/core tests/http tests/protocols tests/credentials tests/client \
 	tests/cli/test_main.py tests/cli/test_doctor.py tests/cli/test_render.py
 ORCHESTRATORS := prefect==3.9.1 dagster==1.13.29 apache-airflow==3.3.2 dspy==3.4.1 \
@@ -44,7 +44,7 @@ test-thorough: $(VENV)/.dev ## Run the tests with long searches (over an hour)
 # Without torch; the tools of the tests are the newest. What needs an extra that is missing skips.
 define test-versions
 	@test -x $(1)/bin/uv || { $(PYTHON) -m venv $(1) && $(1)/bin/pip install --quiet uv==$(UV_VERSION); }
-	@$(1)/bin/uv pip install --quiet --python $(1) $(2) --editable '.[gateway,postgres]'
+	@$(1)/bin/uv pip install --quiet --python $(1) $(2) --editable '.[gateway,hf,postgres,socks]'
 	@$(1)/bin/uv pip install --quiet --python $(1) $(VERSIONS_TOOLS)
 	$(1)/bin/python -m pytest -n 2 $(BY_MODULE) $(VERSIONS_TESTS)
 endef
