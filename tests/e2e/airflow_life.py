@@ -22,20 +22,35 @@ from training_backends.integrations.airflow import TrainingRunOperator, Training
 
 # The first run of two takes its supervisor with it.
 LOST = 'case "$RUN_ID" in *-r1) echo again;; *) kill -9 $PPID; sleep 60;; esac'
+# Not done before it is deferred.
+SLOW = "until [ -e deferred ]; do sleep 0.1; done; echo {{ ds }} > $RUN_RESULT/model"
 
 
-def operator(task_id: str, script: str, **options: Any) -> TrainingRunOperator:
+class Deferring(TrainingRunOperator):
+    """Tells the script of its run that it has been deferred."""
+
+    def defer(self, **options: Any) -> None:
+        Path("deferred").touch()
+        super().defer(**options)
+
+
+def operator(
+    task_id: str, script: str, *, kind: type = TrainingRunOperator, **options: Any
+) -> TrainingRunOperator:
     config = {"backend": "command", "options": {"command": ["sh", "-c", script]}}
-    return TrainingRunOperator(task_id=task_id, config=config, backend="command", **options)
+    made: TrainingRunOperator = kind(task_id=task_id, config=config, backend="command", **options)
+    return made
 
 
 with DAG("life", schedule=None) as dag:
     tasks = [
-        operator("deferred", "echo {{ ds }} > $RUN_RESULT/model", console="http://console/"),
+        operator("deferred", SLOW, kind=Deferring, console="http://console/"),
         operator("resumed", LOST),
         operator("at_once", LOST, deferrable=False),
         operator("failed", "echo no such table >&2; exit 3", retries=2),
         operator("killed", "touch started; sleep 60", deferrable=False),
+        # Before the launch has returned.
+        operator("killed_at_launch", f"kill {os.getpid()}; sleep 60", deferrable=False),
     ]
 
     @task(trigger_rule=TriggerRule.ALL_DONE)
@@ -83,6 +98,6 @@ if __name__ == "__main__":
     Thread(target=kill_when_started, daemon=True).start()
     states = {ti.task_id: str(ti.state) for ti in dag.test().get_task_instances()}
     with TrainingClient() as client:
-        runs = {run.id: run.status for run in client.list()}
+        runs = {run.id: run.status for run in client.wait(*(run.id for run in client.list()))}
     found = {"tasks": states, "runs": runs, "next": anyio.run(kill_deferred), "late": time_out()}
     print("STATES", json.dumps(found))

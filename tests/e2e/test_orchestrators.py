@@ -119,6 +119,7 @@ def test_airflow_tasks_defer_resume_fail_and_are_killed(tmp_path: Path) -> None:
         "at_once": "success",
         "failed": "failed",
         "killed": "failed",
+        "killed_at_launch": "failed",
         "report": "success",
     }
     assert _shortened(found["runs"]) == {
@@ -129,6 +130,7 @@ def test_airflow_tasks_defer_resume_fail_and_are_killed(tmp_path: Path) -> None:
         "life-at_once-r1": "completed",
         "life-failed": "failed",
         "life-killed": "cancelled",
+        "life-killed_at_launch": "cancelled",
     }
     assert (found["next"], found["late"]) == ("cleared-r1", "cancelled")
     assert "no such table" in printed

@@ -163,7 +163,7 @@ class TrainingRunOperator(BaseOperator):  # type: ignore[misc]
         ti = context["ti"]
         run_id = self.run_id or _task_run_id(ti)
         if self._killed:
-            raise AirflowException(f"The task was killed, and its run {self._current} stopped.")
+            raise _killed(self._current)
         try:
             run = client.run(
                 self.config,
@@ -182,6 +182,9 @@ class TrainingRunOperator(BaseOperator):  # type: ignore[misc]
         if run.id != self._current:
             ti.xcom_push(key=_RUN_ID, value=run.id)
         self._current = run.id
+        if self._killed:  # during the launch, when `on_kill` could not know this run
+            self._stop(run.id)
+            raise _killed(run.id)
         if self.console and run.remote_id:
             self.console_link = f"{self.console.rstrip('/')}/#/run/{run.remote_id}"
             ti.xcom_push(key=TrainingConsoleLink().xcom_key, value=self.console_link)
@@ -193,6 +196,10 @@ class TrainingRunOperator(BaseOperator):  # type: ignore[misc]
                 client.stop(run_id, resumable=True)
             except RunNotFound:
                 self.log.warning("Run %s is not in the store any more.", run_id)
+
+
+def _killed(run_id: str | None) -> AirflowException:
+    return AirflowException(f"The task was killed, and its run {run_id} stopped.")
 
 
 def _task_run_id(ti: Any) -> str:
