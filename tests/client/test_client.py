@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import anyio
 import pytest
@@ -36,6 +37,7 @@ from training_backends import (
     WaitTimeout,
 )
 from training_backends.client import launch
+from training_backends.client.journal import StoreJournal
 from training_backends.client.run_record import launch_lease
 from training_backends.core.backend import Journal
 from training_backends.core.run import Observation, RunState
@@ -530,6 +532,55 @@ async def test_a_run_without_a_job_is_cancelled_at_once(
         TrainingStatus.CANCELLED,
         [],
     )
+
+
+@pytest.mark.parametrize("cut", ["before its id is known", "before its id is stored"])
+async def test_the_job_of_an_interrupted_launch_is_found_and_stopped(
+    cut: str,
+    client: AsyncTrainingClient,
+    backend: ScriptedBackend,
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To call its run cancelled would leave a job that trains and costs."""
+    with monkeypatch.context() as patch:
+        if cut == "before its id is known":
+            patch.setattr(backend, "after_create", cut_off)
+        else:
+            patch.setattr(StoreJournal, "record", Mock(side_effect=CutOff))
+        with pytest.raises(CutOff):
+            await client.launch(make_config(), backend="scripted", run_id="mine")
+    stopped = await client.stop("mine")
+    assert (stopped.status, stopped.remote_id) == (TrainingStatus.STOPPING, backend.created[0])
+    assert len(backend.created) == 1
+
+
+class Branching(ScriptedBackend):
+    """Takes another way when a launch is repeated, as with a file that has changed since."""
+
+    async def launch(self, run: TrainingRun, journal: Journal) -> RunState:
+        """Begin with a step of this launch only."""
+
+        async def do() -> str:
+            return "done"
+
+        await journal.step(f"first of {len(self.created)}", do)
+        return await super().launch(run, journal)
+
+
+async def test_a_run_that_may_have_a_job_is_not_called_cancelled(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """Where it cannot be found out whether an interrupted launch has created a job."""
+    backend = Branching()
+    backend.after_create = cut_off
+    async with AsyncTrainingClient(home=tmp_path, backends={"scripted": backend}) as client:
+        with pytest.raises(CutOff):
+            await client.launch(make_config(), backend="scripted", run_id="mine")
+        with pytest.raises(UnsupportedOperation, match="may have a job") as caught:
+            await client.stop("mine")
+        assert "Repeat the launch" in str(caught.value.hint)
+        assert (await client.get("mine")).status is TrainingStatus.PENDING
 
 
 async def test_a_run_being_launched_elsewhere_is_not_called_cancelled(

@@ -606,7 +606,8 @@ class AsyncTrainingClient:
     ) -> TrainingRun:
         """Ask the provider to stop a run, which may take a while.
 
-        Safe to repeat. A run that was never launched is cancelled immediately.
+        Safe to repeat. A run that was never launched is cancelled immediately. If its launch was
+        interrupted, the provider is first searched for a job.
 
         Args:
             save_checkpoint: Save the progress so far, if the provider can.
@@ -614,7 +615,8 @@ class AsyncTrainingClient:
 
         Raises:
             UnsupportedOperation: Another process is launching the run, and it has no job yet
-                that could be stopped.
+                that could be stopped; or it cannot be found out whether an interrupted launch
+                has created one.
         """
         run = await self.get(run_id)
         if not run.status.is_terminal:

@@ -3,11 +3,11 @@
 import hashlib
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, NoReturn
 
 import anyio
 from anyio import to_thread
@@ -30,12 +30,15 @@ from training_backends.store.journal import JournalEntry
 
 __all__ = [
     "Confirm",
+    "FindingJournal",
     "JournalSteps",
     "LaunchWatch",
     "OnNotice",
     "OnProgress",
     "OnUpdate",
+    "ReplayEnded",
     "StoreJournal",
+    "may_create_job",
 ]
 
 OnProgress = Callable[[str, int, int], None]
@@ -49,6 +52,9 @@ Confirm = Callable[[Estimate], Awaitable[bool]]
 
 log = get_logger()
 
+_UPLOAD: Final = "upload:"
+_WITHOUT_JOB: Final = ("token:", _UPLOAD)
+"""Start the names of steps that create no job."""
 _LOSSES: Final = 10
 """Maximum uploads of a file in one launch, in case the provider loses it."""
 
@@ -226,7 +232,7 @@ class JournalSteps(ABC):
             return await find() or await do()
 
         for attempt in range(1, _LOSSES + 1):
-            name = f"upload:{sha256}" + (f"#{attempt}" if attempt > 1 else "")
+            name = f"{_UPLOAD}{sha256}" + (f"#{attempt}" if attempt > 1 else "")
             remote_id = str(await self.step(name, send, find))
             if fresh or await has(remote_id):
                 return remote_id
@@ -306,3 +312,86 @@ class StoreJournal(JournalSteps):
         if self._watch.on_progress:
             with callers_own():
                 self._watch.on_progress(name, done, total)
+
+
+def may_create_job(names: Iterable[str]) -> bool:
+    """Return whether any of these steps of a backend may have created a job."""
+    return not all(name.startswith(_WITHOUT_JOB) for name in names)
+
+
+class ReplayEnded(Exception):
+    """Ends a launch that is only replayed."""
+
+
+class FindingJournal(StoreJournal):
+    """Replays an interrupted launch up to the job that it created, if any, and begins no other.
+
+    Ends the launch with `ReplayEnded`: once the job is recorded, or at the first step that was
+    never begun or had no effect.
+
+    Attributes:
+        has_job: None until the launch has ended.
+        replayed: Names of the steps that were reached.
+    """
+
+    has_job: bool | None = None
+
+    def __init__(self, store: RunStore, run_id: str, lease: Lease, leases: Leases) -> None:
+        super().__init__(store, run_id, LaunchWatch(), lease, leases=leases)
+        self.replayed: set[str] = set()
+        self._may_follow = False
+
+    async def step(
+        self,
+        name: str,
+        do: Callable[[], Awaitable[JSONValue]],
+        find: Callable[[], Awaitable[JSONValue]] | None = None,
+        *,
+        repeatable: bool = False,
+    ) -> JSONValue:
+        """See `Journal.step`; what was not begun is not done."""
+        entry = await self._entry(name)
+        if entry is None and not (repeatable and self._may_follow):
+            self._end(has_job=False)
+        self.replayed.add(name)
+        if entry is None or entry.finished or find is None:
+            result = await super().step(name, do, find, repeatable=repeatable)
+        elif (result := await find()) is None:
+            await self._forget(name)
+            self._end(has_job=False)
+        else:
+            await self._finish(name, result)
+        # What only records how a job was created is done: the job's id comes after it.
+        self._may_follow |= not repeatable and not name.startswith(_WITHOUT_JOB)
+        return result
+
+    async def upload(
+        self,
+        scope: str,
+        sha256: str,
+        do: Callable[[], Awaitable[str]],
+        find: Callable[[], Awaitable[str | None]],
+        has: Callable[[str], Awaitable[bool]],
+    ) -> str:
+        """See `Journal.upload`; a file that the provider has lost meanwhile is not missed."""
+        del has
+
+        async def had(_: str) -> bool:
+            return True
+
+        return await super().upload(scope, sha256, do, find, had)
+
+    async def record(self, state: RunState) -> None:
+        """See `Journal.record`."""
+        await super().record(state)
+        if state.remote_id is not None:
+            self._end(has_job=True)
+
+    async def quote(self, estimate: Estimate) -> None:
+        """See `Journal.quote`; nobody is asked, as nothing is to be started."""
+        del estimate
+        self._end(has_job=False)
+
+    def _end(self, *, has_job: bool) -> NoReturn:
+        self.has_job = has_job
+        raise ReplayEnded

@@ -1,6 +1,7 @@
 """Launching, stopping and resuming runs, each launch at most once."""
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -8,7 +9,12 @@ from typing import Any, Final
 import anyio
 from anyio import to_thread
 
-from training_backends.client.journal import LaunchWatch, StoreJournal
+from training_backends.client.journal import (
+    FindingJournal,
+    LaunchWatch,
+    StoreJournal,
+    may_create_job,
+)
 from training_backends.client.leases import Leases
 from training_backends.client.observe import Observer, report_change
 from training_backends.client.run_record import (
@@ -149,6 +155,35 @@ class RunRecords:
 
         await journal.step(LAUNCHED, accepted, repeatable=True)
         return await self.saw(run, state, accepted=True)
+
+    async def find_job(self, run: TrainingRun, start: Start, *, lease: Lease) -> bool:
+        """Find and record the job that an interrupted launch may have created.
+
+        Returns:
+            Whether there is one.
+
+        Raises:
+            UnsupportedOperation: It cannot be found out.
+            TrainingBackendError: The provider cannot be asked.
+        """
+        if not may_create_job(await self._steps(run.id)):
+            return False
+        journal = FindingJournal(self._store, run.id, lease, self._leases)
+        try:
+            with about("stop", run):
+                state = await start(await self._localize(run), journal)
+                await journal.record(state)
+        except Exception:  # also a group with it
+            if journal.has_job is None:
+                raise
+        # Another way was taken than before, for example because a data file has changed.
+        if not journal.has_job and may_create_job(await self._steps(run.id) - journal.replayed):
+            raise _interrupted(run, "Repeat the launch to find out, then stop the run.")
+        return bool(journal.has_job)
+
+    async def _steps(self, run_id: str) -> frozenset[str]:
+        names = await to_thread.run_sync(self._store.step_names, run_id)
+        return names - {_CHECKPOINT, _DATA}
 
     def resuming(
         self, backend: TrainingBackend, source: TrainingRun, checkpoint: str | None
@@ -354,13 +389,7 @@ class Steering:
         if await self._records.may_be_at_provider(run):
             return run
         if await self._records.has_open_step(run.id):
-            raise UnsupportedOperation(
-                f"The launch of run {run.id!r} was interrupted, and the provider may have a job "
-                "for it.",
-                hint="Repeat the launch to find out, or stop the run before deleting it.",
-                backend=run.backend,
-                run_id=run.id,
-            )
+            raise _interrupted(run, "Stop the run before deleting it.")
         return await self._cancel_unlaunched(run)
 
     async def _stop_at_provider(self, run: TrainingRun, *, save_checkpoint: bool) -> TrainingRun:
@@ -375,29 +404,48 @@ class Steering:
         Takes the launch's lease: otherwise another process could launch a job for a run that is
         recorded as cancelled and no longer observed.
         """
-        with anyio.move_on_after(LAUNCH_PATIENCE):
-            async with self._leases.hold(launch_lease(run.id)):
-                now = await to_thread.run_sync(self._store.get, run.id)
-                if now.remote_id == run.remote_id and not await self._records.was_launched(now):
-                    return await self._records.saw(now, ended_state(TrainingStatus.CANCELLED))
+        async with AsyncExitStack() as held:
+            lease = None
+            with anyio.move_on_after(LAUNCH_PATIENCE):
+                lease = await held.enter_async_context(self._leases.hold(launch_lease(run.id)))
+            now = await to_thread.run_sync(self._store.get, run.id)
+            if now.remote_id != run.remote_id or now.status.is_terminal:
                 return now
-        now = await to_thread.run_sync(self._store.get, run.id)
-        if now.remote_id == run.remote_id and not now.status.is_terminal:
-            backend = await self._observer.backend_of(run.backend)
-            raise backend.unsupported(
-                "stop a run that is being launched",
-                "Stop the program that is launching it, or try again later.",
-            )
-        return now
+            if lease is None:
+                backend = await self._observer.backend_of(run.backend)
+                raise backend.unsupported(
+                    "stop a run that is being launched",
+                    "Stop the program that is launching it, or try again later.",
+                )
+            if await self._records.was_launched(now):
+                return now
+            if now.remote_id is None:
+                start = await self._start_of(now, None)
+                if await self._records.find_job(now, start, lease=lease):
+                    return await to_thread.run_sync(self._store.get, run.id)
+            return await self._records.saw(now, ended_state(TrainingStatus.CANCELLED))
 
     async def _launch_again(
         self, run: TrainingRun, watch: LaunchWatch, checkpoint: str | None
     ) -> TrainingRun:
         """Continue an interrupted launch or resume."""
-        backend = await self._observer.backend_of(run.backend)
-        start: Start = backend.launch
-        if run.resumed_from is not None:
-            source = await to_thread.run_sync(self._store.get, run.resumed_from)
-            start = self._records.resuming(backend, source, checkpoint)
+        start = await self._start_of(run, checkpoint)
         async with self._leases.hold(launch_lease(run.id)) as lease:
             return await self._records.launch(run.id, watch, start, lease=lease)
+
+    async def _start_of(self, run: TrainingRun, checkpoint: str | None) -> Start:
+        """Return what launches or resumes a run at its backend."""
+        backend = await self._observer.backend_of(run.backend)
+        if run.resumed_from is None:
+            return backend.launch
+        source = await to_thread.run_sync(self._store.get, run.resumed_from)
+        return self._records.resuming(backend, source, checkpoint)
+
+
+def _interrupted(run: TrainingRun, hint: str) -> UnsupportedOperation:
+    return UnsupportedOperation(
+        f"The launch of run {run.id!r} was interrupted, and the provider may have a job for it.",
+        hint=hint,
+        backend=run.backend,
+        run_id=run.id,
+    )

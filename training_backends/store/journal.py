@@ -66,6 +66,12 @@ class Journals(Database):
         with self._reading() as connection:
             return connection.execute(query.limit(1)).first() is not None
 
+    def step_names(self, run_id: str) -> frozenset[str]:
+        """Return the names of the steps of a run that were, or may have been, begun."""
+        query = sa.select(journal.c.name).where(journal.c.run_id == run_id)
+        with self._reading() as connection:
+            return frozenset(connection.execute(query).scalars())
+
     def begin(self, run_id: str, name: str, *, lease: Lease | None = None) -> None:
         """Record that a step is about to begin.
 

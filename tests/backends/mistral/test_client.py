@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from blockbuster import blockbuster_ctx
 
+from tests.backends.cancelled_launch import cancelled_launch
 from tests.readings import counted_readings
 from training_backends import (
     AsyncTrainingClient,
@@ -228,3 +229,16 @@ async def test_a_file_written_in_between_is_checked_again(
     assert before.files[0].size == after.files[0].size
     assert before.files[0].sha256 != after.files[0].sha256
     assert after.files[0].summary.findings != before.files[0].summary.findings
+
+
+async def test_a_launch_cancelled_while_its_job_is_created_stops_that_job(
+    tmp_path: Path, backend: MistralAPIBackend, provider: ScriptedProvider, config: TrainingConfig
+) -> None:
+    """Nothing trains on, though nobody was told the id of the job."""
+    run = await cancelled_launch(
+        tmp_path / "home", backend, provider, config, path="/fine_tuning/jobs"
+    )
+    (job,) = provider.jobs.values()
+    assert run.remote_id == job.id
+    assert run.status in {TrainingStatus.STOPPING, TrainingStatus.CANCELLED}
+    assert job.status.lower() in {"cancelled", "cancel_requested"}

@@ -13,7 +13,6 @@ from training_backends.backends.openai.settings import OpenAISettings
 from training_backends.core.run import new_run_id
 from training_backends.datasets.inspect import inspect
 from training_backends.datasets.provider_formats import OPENAI
-from training_backends.http import limits
 from training_backends.testing.journal import MemoryJournal
 from training_backends.testing.openai_provider import ScriptedOpenAIProvider
 
@@ -48,7 +47,6 @@ def secrets() -> Secrets:
 @pytest.fixture
 def provider() -> Iterator[ScriptedOpenAIProvider]:
     """Serve the protocol."""
-    limits._limiter.cache_clear()
     with ScriptedOpenAIProvider() as provider:
         provider.key = KEY
         yield provider

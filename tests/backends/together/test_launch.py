@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.backends.cancelled_launch import cancelled_launch
 from tests.backends.together.conftest import Secrets
 from training_backends import (
     AuthenticationFailed,
@@ -19,6 +20,7 @@ from training_backends import (
     RunNotFound,
     TrainingBackendError,
     TrainingConfig,
+    TrainingStatus,
 )
 from training_backends.backends.together.backend import TogetherBackend
 from training_backends.core.run import RunState
@@ -328,3 +330,17 @@ async def test_errors_have_their_classes_and_no_secret(
     sent = json.loads(provider.asked("POST", CREATE)[0].body)
     assert (sent["wandb_key"], sent["wandb_project_name"]) == (wandb, "mine")
     assert wandb not in json.dumps(list(journal.rows.values()))
+
+
+async def test_a_launch_cancelled_while_its_job_is_created_stops_that_job(
+    tmp_path: Path,
+    backend: TogetherBackend,
+    provider: ScriptedTogetherProvider,
+    config: TrainingConfig,
+) -> None:
+    """Nothing trains on, though nobody was told the id of the job."""
+    run = await cancelled_launch(tmp_path / "home", backend, provider, config, path=CREATE)
+    (job,) = provider.jobs.values()
+    assert run.remote_id == job.id
+    assert run.status in {TrainingStatus.STOPPING, TrainingStatus.CANCELLED}
+    assert job.status.lower() in {"cancelled", "cancel_requested"}

@@ -114,7 +114,9 @@ class OpenAIUploads:
         """
         parts = await hash_parts(file.path, file.hashed, self.settings.part_bytes)
         for number in itertools.count(1):
-            file_id = await self._upload_once(file, parts, f"parts:{file.hashed.sha256}#{number}")
+            file_id = await self._upload_once(
+                file, parts, f"upload:{file.hashed.sha256}/parts#{number}"
+            )
             if file_id is not None:
                 return file_id
         raise AssertionError("one of them ends with a file or an error")

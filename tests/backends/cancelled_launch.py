@@ -1,0 +1,28 @@
+"""A launch that is cancelled while the provider creates its job."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from tests.waiting import until
+from training_backends import AsyncTrainingClient, TrainingBackend, TrainingConfig, TrainingRun
+from training_backends.testing.faults import HangAnswer
+
+
+async def cancelled_launch(
+    home: Path, backend: TrainingBackend, provider: Any, config: TrainingConfig, *, path: str
+) -> TrainingRun:
+    """Cancel a call of `run` once the job exists, before its id is known; return the run.
+
+    Args:
+        path: Where jobs are created.
+    """
+    provider.fail(HangAnswer(), method="POST", path=path)
+    async with AsyncTrainingClient(home=home, backends={backend.name: backend}) as client:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(partial(client.run, config, backend=backend.name, run_id="mine"))
+            await until(lambda: provider.jobs)
+            tasks.cancel_scope.cancel()
+        return await client.get("mine")
