@@ -162,8 +162,7 @@ class TrainingRunOperator(BaseOperator):  # type: ignore[misc]
         """Return the run to wait for, which is launched or resumed if need be, or its result."""
         ti = context["ti"]
         run_id = self.run_id or _task_run_id(ti)
-        if self._killed:
-            raise _killed(self._current)
+        self._require_alive()
         try:
             run = client.run(
                 self.config,
@@ -184,11 +183,15 @@ class TrainingRunOperator(BaseOperator):  # type: ignore[misc]
         self._current = run.id
         if self._killed:  # during the launch, when `on_kill` could not know this run
             self._stop(run.id)
-            raise _killed(run.id)
+        self._require_alive()
         if self.console and run.remote_id:
             self.console_link = f"{self.console.rstrip('/')}/#/run/{run.remote_id}"
             ti.xcom_push(key=TrainingConsoleLink().xcom_key, value=self.console_link)
         return run
+
+    def _require_alive(self) -> None:
+        if self._killed:
+            raise AirflowException(f"The task was killed, and its run {self._current} stopped.")
 
     def _stop(self, run_id: str) -> None:
         with TrainingClient() as client:
@@ -196,10 +199,6 @@ class TrainingRunOperator(BaseOperator):  # type: ignore[misc]
                 client.stop(run_id, resumable=True)
             except RunNotFound:
                 self.log.warning("Run %s is not in the store any more.", run_id)
-
-
-def _killed(run_id: str | None) -> AirflowException:
-    return AirflowException(f"The task was killed, and its run {run_id} stopped.")
 
 
 def _task_run_id(ti: Any) -> str:
