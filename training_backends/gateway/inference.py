@@ -194,6 +194,7 @@ class InferenceServers:
                     return
             log.warning("inference server ended", code=process.returncode, log=output.name)
         finally:
+            server.scope.cancel()  # so that it is not claimed while it ends
             with suppress(ProcessLookupError):
                 process.kill()
             with anyio.CancelScope(shield=True):
