@@ -7,14 +7,14 @@ from typing import Any
 import anyio
 
 from tests.waiting import until
-from training_backends import AsyncTrainingClient, TrainingBackend, TrainingConfig, TrainingRun
+from training_backends import AsyncTrainingClient, TrainingBackend, TrainingConfig, TrainingStatus
 from training_backends.testing.faults import HangAnswer
 
 
-async def cancelled_launch(
+async def check_cancelled_launch(
     home: Path, backend: TrainingBackend, provider: Any, config: TrainingConfig, *, path: str
-) -> TrainingRun:
-    """Cancel a call of `run` once the job exists, before its id is known; return the run.
+) -> None:
+    """Cancel a call of `run` once the job exists, before its id is known: the job is stopped.
 
     Args:
         path: Where jobs are created.
@@ -25,4 +25,8 @@ async def cancelled_launch(
             tasks.start_soon(partial(client.run, config, backend=backend.name, run_id="mine"))
             await until(lambda: provider.jobs)
             tasks.cancel_scope.cancel()
-        return await client.get("mine")
+        run = await client.get("mine")
+    (job,) = provider.jobs.values()
+    assert run.remote_id == job.id
+    assert run.status in {TrainingStatus.STOPPING, TrainingStatus.CANCELLED}
+    assert job.status.lower() in {"cancelled", "cancel_requested"}
