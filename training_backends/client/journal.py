@@ -54,7 +54,7 @@ log = get_logger()
 
 _UPLOAD: Final = "upload:"
 _WITHOUT_JOB: Final = ("token:", _UPLOAD)
-"""Start the names of steps that create no job."""
+"""Prefixes of the names of steps that create no job."""
 _LOSSES: Final = 10
 """Maximum uploads of a file in one launch, in case the provider loses it."""
 
@@ -388,7 +388,7 @@ class FindingJournal(StoreJournal):
             self._end(has_job=True)
 
     async def quote(self, estimate: Estimate) -> None:
-        """See `Journal.quote`; nobody is asked, as nothing is to be started."""
+        """See `Journal.quote`; nothing is started, so no consent is needed."""
         del estimate
         self._end(has_job=False)
 

@@ -176,7 +176,7 @@ class RunRecords:
         except Exception:  # also a group with it
             if journal.has_job is None:
                 raise
-        # Another way was taken than before, for example because a data file has changed.
+        # The replay took a different path, for example because a data file has changed.
         if not journal.has_job and may_create_job(await self._steps(run.id) - journal.replayed):
             raise _interrupted(run, "Repeat the launch to find out, then stop the run.")
         return bool(journal.has_job)
